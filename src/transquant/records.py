@@ -1,0 +1,303 @@
+"""The few frozen records that travel between the rooms.
+
+Shape letters, used everywhere:
+
+    N  samples              C  channels or classes       T  positions a sample (pixels of an output map, tokens)
+    O  rows of a weight matrix (output channels)         n  columns (input channels of a group x taps)
+    g  groups               o  rows of a group, O = g·o   L  lanes of the entropy coder
+
+A weight tensor of shape (O, ...) is a matrix of O rows and n = prod(shape[1:]) columns; row r belongs to group r // o.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int32]
+FloatArray = NDArray[np.float64]
+
+# --------------------------------------------------------------------------------------- what the container holds
+
+
+@dataclass(frozen=True, slots=True)
+class CodedEntry:
+    """Header record of one lossily coded tensor (FORMAT.md, kind "c"): everything but its symbols."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    qp: int = 0
+    recon_offsets: tuple[int, int] = (0, 0)
+    groups: Literal["", "r", "c", "rc"] = ""
+
+    @property
+    def rows(self) -> int:
+        """O; 1 for vectors and scalars."""
+        return self.shape[0] if len(self.shape) > 1 else 1
+
+    @property
+    def columns(self) -> int:
+        """n of the matrix that is coded."""
+        return prod(self.shape[1:]) if len(self.shape) > 1 else prod(self.shape)
+
+    @property
+    def taps(self) -> int:
+        """Consecutive columns that share a column exponent: the kernel's positions."""
+        return prod(self.shape[2:])
+
+
+@dataclass(frozen=True, slots=True)
+class BatchNormEntry:
+    """Header record of a BatchNorm's equivalent set (kind "b"): two vectors of C values, scale and shift."""
+
+    name: str
+    channels: int
+    dtype: str
+    qps: tuple[int, int]
+    eps: float
+    batches_tracked: int | None
+
+    def key(self, attribute: str) -> str:
+        """State-dict key of one attribute ("weight", "running_mean", ...)."""
+        return f"{self.name}.{attribute}" if self.name else attribute
+
+
+@dataclass(frozen=True, slots=True)
+class RawEntry:
+    """Header record of a tensor stored exactly (kind "r")."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class AliasEntry:
+    """A second name of an earlier tensor (kind "a")."""
+
+    name: str
+    of: str
+
+
+Entry = CodedEntry | BatchNormEntry | RawEntry | AliasEntry
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One row of the header's section table and, once read or encoded, its bytes."""
+
+    kind: Literal["s", "r"]
+    count: int
+    lanes: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """A whole file, parsed: nothing is decoded yet, everything is validated against FORMAT.md section 2."""
+
+    step: tuple[int, int]
+    entries: tuple[Entry, ...]
+    sections: tuple[Section, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a file may ask for. Raise them for large models from a source you trust."""
+
+    max_decoded_bytes: int = 4 << 30
+    max_expansion: int = 4096
+    free_expansion_bytes: int = 16 << 20
+
+
+# --------------------------------------------------------------------------------------- what the coder sees
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """A matrix of integers to be entropy coded (FORMAT.md section 4).
+
+    `symbols` int32 (rows, columns), C order. `kind` picks the contexts: 0 weights, 1 side, 2 vectors. `width` and
+    `taps` place a column inside its kernel; 1 and 1 outside kernels."""
+
+    symbols: IntArray
+    kind: int
+    width: int = 1
+    taps: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class CodedTensor:
+    """An entry with its symbols: what `encode` takes and `decode` gives.
+
+    `symbols` int32 (rows, columns); `row_exponents` int32 (rows,) and `column_exponents` int32 (columns / taps,), half
+    octaves, None where the entry's `groups` leaves them out."""
+
+    entry: CodedEntry
+    symbols: IntArray
+    row_exponents: IntArray | None = None
+    column_exponents: IntArray | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CodedBatchNorm:
+    """A BatchNorm entry with its symbols: int32 (C,) each."""
+
+    entry: BatchNormEntry
+    scale: IntArray
+    shift: IntArray
+
+
+Coded = CodedTensor | CodedBatchNorm
+
+
+# --------------------------------------------------------------------------------------- what compress works on
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSpec:
+    """A weight that will be coded as a matrix. `kind`: "conv2d", "linear", "embedding", or "matrix" (no module known).
+
+    `module` is the dotted module path ("" for the root, None when only a state dict was given)."""
+
+    name: str
+    module: str | None
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str
+    groups: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class VectorSpec:
+    """A bias or normalisation vector that is coded with one step."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class BatchNormSpec:
+    """A BatchNorm with running statistics and affine parameters; `name` is the module path."""
+
+    name: str
+    channels: int
+    dtype: str
+    eps: float
+    batches_tracked: int | None
+
+    def key(self, attribute: str) -> str:
+        """State-dict key of one attribute."""
+        return f"{self.name}.{attribute}" if self.name else attribute
+
+
+@dataclass(frozen=True, slots=True)
+class RawSpec:
+    """A tensor that is stored exactly, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class AliasSpec:
+    """A tied tensor: another name of `of`."""
+
+    name: str
+    of: str
+
+
+Spec = WeightSpec | VectorSpec | BatchNormSpec | RawSpec | AliasSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which tensors are coded, and how, in state-dict order; `num_parameters` counts tied values once.
+
+    `original_bytes`: all tensors in their own dtype, buffers included, tied ones once."""
+
+    specs: tuple[Spec, ...]
+    num_parameters: int
+    original_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStats:
+    """Calibration statistics of one weight (design: D ≈ tr(G ΔW A ΔWᵀ) over groups, already in units of `metric`).
+
+    `input_moment` float64 (g, n, n), mean over samples and positions of x xᵀ; or (g, n) where only the diagonal is kept.
+    `output_moment` float64 (g, o, o), *scaled* so that the predicted distortion of an error E of group k is
+    tr(output_moment[k] E input_moment[k] Eᵀ); or (g, o) diagonal.
+    `samples`: how many samples the moments saw. `gradient_energy`: E‖∇W‖² per sample, with its relative standard error."""
+
+    input_moment: FloatArray
+    output_moment: FloatArray
+    samples: int
+    gradient_energy: float
+    gradient_energy_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """All that calibration learns. `vectors[key]`: float64, elementwise sensitivity (same shape as the tensor; for a
+    BatchNorm keys "<module>.weight" and "<module>.bias" in terms of the equivalent scale and shift) such that the
+    predicted distortion of an error e is sum(sensitivity · e²). `metric` is what was used: "kl", "mse" or "weights"."""
+
+    layers: Mapping[str, LayerStats]
+    vectors: Mapping[str, FloatArray]
+    metric: str
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """One row of the report. Bits are those of the file; `distortion_share` is the layer's part of the predicted sum."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    transform: str
+    num_values: int
+    payload_bits: float
+    side_bits: float
+    step: float | None
+    distortion_share: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What compress did; `str(report)` is the table, `as_dict()` the JSON."""
+
+    file_bytes: int
+    payload_bytes: int
+    side_parameter_bytes: int
+    side_info_bytes: int
+    header_bytes: int
+    original_bytes: int
+    num_parameters: int
+    metric: str
+    predicted_distortion: float | None
+    measured_distortion: float | None
+    layers: tuple[LayerReport, ...]
+    raw: tuple[tuple[str, str], ...]
+    settings: Mapping[str, Any]
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """8 · file bytes / parameters."""
+        return 8 * self.file_bytes / max(self.num_parameters, 1)
+
+    @property
+    def compression_ratio(self) -> float:
+        """Original bytes / file bytes."""
+        return self.original_bytes / self.file_bytes
