@@ -1,0 +1,241 @@
+"""Records to a file and back: planes, sections, container. Decode mirrors encode.
+
+    encode:  coded tensors, raw bytes ─ planes_of ─ entropy.encode_planes ─ Section ─ write_container ─ file
+    decode:  file ─ read_container ─ Section ─ decode_planes ─ coded tensors ─ dequantize ─ arrays
+
+`encode` is the one way into a file, for `compress` and for any caller that has symbols ready. Decoding takes the plane
+decoder as an argument, so the numpy reader and the compiled one share everything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transquant.container import pack_raw, unpack_raw, write_container
+from transquant.container.dtypes import DTYPES
+from transquant.entropy import lanes_for
+from transquant.errors import CorruptFile
+from transquant.grid import MAX_EXPONENT, dequantize, total_index
+from transquant.records import (
+    AliasEntry,
+    BatchNormEntry,
+    Coded,
+    CodedBatchNorm,
+    CodedEntry,
+    CodedTensor,
+    Container,
+    Entry,
+    IntArray,
+    Plane,
+    RawEntry,
+    Section,
+)
+
+SECTION_VALUES = 1 << 20  # a symbol section is closed once it has this many values
+
+PlaneShape = tuple[int, int, int, int, int]  # rows, columns, kind, width, taps
+PlaneDecoder = Callable[[bytes, Sequence[PlaneShape], int], list[IntArray]]
+PlaneEncoder = Callable[[Sequence[Plane], int], tuple[bytes, list[float]]]
+
+WEIGHTS, SIDE, VECTORS = 0, 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedFile:
+    """A file and where its bits went: by coded tensor, the information content of its symbols and of its exponents;
+    `section_bytes` of the symbol sections together, `raw_bytes` of the raw section."""
+
+    data: bytes
+    symbol_bits: Mapping[str, float]
+    exponent_bits: Mapping[str, float]
+    section_bytes: int
+    raw_bytes: int
+
+
+def encode(
+    step: tuple[int, int],
+    entries: Sequence[Entry],
+    coded: Mapping[str, Coded],
+    raw: Mapping[str, bytes],
+    encode_planes: PlaneEncoder,
+    metadata: Mapping[str, str] | None = None,
+) -> EncodedFile:
+    """Write a file: entries in state-dict order, the symbols of coded and BatchNorm entries by name, raw bytes by name."""
+    sections: list[Section] = []
+    symbol_bits: dict[str, float] = {}
+    exponent_bits: dict[str, float] = {}
+    for group in _sections([e for e in entries if isinstance(e, CodedEntry | BatchNormEntry)]):
+        shapes = [shape for entry in group for shape in plane_shapes(entry)]
+        lanes = _lanes(shapes)
+        planes = [plane for entry in group for plane in _planes(coded[entry.name])]
+        data, bits = encode_planes(planes, lanes)
+        sections.append(Section("s", len(group), lanes, data))
+        rest = iter(zip(shapes, bits, strict=True))
+        for entry in group:
+            own = [next(rest) for _ in plane_shapes(entry)]
+            symbol_bits[entry.name] = sum(b for shape, b in own if shape[2] != SIDE)
+            exponent_bits[entry.name] = sum(b for shape, b in own if shape[2] == SIDE)
+    section_bytes = sum(len(s.data) for s in sections)
+    raw_entries = [e for e in entries if isinstance(e, RawEntry)]
+    packed = pack_raw([raw[e.name] for e in raw_entries]) if raw_entries else b""
+    if raw_entries:
+        sections.append(Section("r", len(raw_entries), 0, packed))
+    container = Container(step, tuple(entries), tuple(sections), metadata or {})
+    return EncodedFile(write_container(container), symbol_bits, exponent_bits, section_bytes, len(packed))
+
+
+def decode(container: Container, decode_planes: PlaneDecoder) -> dict[str, Coded]:
+    """Symbols of all coded and BatchNorm entries, by name. Raises CorruptFile."""
+    entries = iter(e for e in container.entries if isinstance(e, CodedEntry | BatchNormEntry))
+    coded: dict[str, Coded] = {}
+    for section in container.sections:
+        if section.kind != "s":
+            continue
+        group = [next(entries) for _ in range(section.count)]
+        shapes = [shape for entry in group for shape in plane_shapes(entry)]
+        planes = iter(decode_planes(section.data, shapes, section.lanes))
+        for entry in group:
+            coded[entry.name] = _coded(entry, [next(planes) for _ in plane_shapes(entry)])
+    return coded
+
+
+def values(container: Container, coded: Mapping[str, Coded]) -> dict[str, NDArray[np.generic]]:
+    """All tensors by state-dict key, in order, in their shapes.
+
+    The arrays have the entry's dtype, bfloat16 as float32 with the same values. Raises CorruptFile."""
+    raw_entries = [e for e in container.entries if isinstance(e, RawEntry)]
+    lengths = [_num_bytes(e) for e in raw_entries]
+    packed = next((s.data for s in container.sections if s.kind == "r"), None)
+    raw = dict(zip((e.name for e in raw_entries), unpack_raw(packed, lengths) if packed is not None else [], strict=True))
+    result: dict[str, NDArray[np.generic]] = {}
+    for entry in container.entries:
+        if isinstance(entry, CodedEntry):
+            tensor = coded[entry.name]
+            assert isinstance(tensor, CodedTensor)
+            result[entry.name] = to_dtype(tensor_values(tensor, container.step), entry.dtype).reshape(entry.shape)
+        elif isinstance(entry, BatchNormEntry):
+            norm = coded[entry.name]
+            assert isinstance(norm, CodedBatchNorm)
+            result |= _batchnorm_values(norm, container.step)
+        elif isinstance(entry, RawEntry):
+            result[entry.name] = _raw_values(raw[entry.name], entry)
+        else:
+            result[entry.name] = result[entry.of]
+    return result
+
+
+def tensor_values(tensor: CodedTensor, step: tuple[int, int]) -> NDArray[np.float32]:
+    """Dequantized matrix float32 (rows, columns) of a coded tensor."""
+    entry = tensor.entry
+    t = total_index(entry.qp, tensor.row_exponents, tensor.column_exponents, entry.taps)
+    return dequantize(tensor.symbols, step, t, entry.recon_offsets)
+
+
+def to_dtype(array: NDArray[np.float32], dtype: str) -> NDArray[np.generic]:
+    """float32 rounded to `dtype`; bfloat16 comes back as float32."""
+    if dtype == "bfloat16":
+        bits = array.view(np.uint32).astype(np.uint64)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+    with np.errstate(over="ignore"):
+        cast = array.astype(DTYPES[dtype].numpy)
+    if not np.isfinite(cast).all():
+        raise CorruptFile(f"a decoded value does not fit {dtype}")
+    return cast
+
+
+def plane_shapes(entry: CodedEntry | BatchNormEntry) -> list[PlaneShape]:
+    """(rows, columns, kind, width, taps) of the planes of an entry, in file order."""
+    if isinstance(entry, BatchNormEntry):
+        return [(1, entry.channels, VECTORS, 1, 1)] * 2
+    if len(entry.shape) < 2:
+        return [(1, entry.columns, VECTORS, 1, 1)]
+    taps = entry.taps
+    shapes: list[PlaneShape] = []
+    if "r" in entry.groups:
+        shapes.append((1, entry.rows, SIDE, 1, 1))
+    if "c" in entry.groups:
+        shapes.append((1, entry.columns // max(taps, 1), SIDE, 1, 1))
+    width = entry.shape[-1] if len(entry.shape) > 2 else 1
+    return [*shapes, (entry.rows, entry.columns, WEIGHTS, max(width, 1), max(taps, 1))]
+
+
+def _planes(coded: Coded) -> list[Plane]:
+    if isinstance(coded, CodedBatchNorm):
+        given = [coded.scale, coded.shift]
+    else:
+        given = [a for a in (coded.row_exponents, coded.column_exponents) if a is not None] + [coded.symbols]
+    shapes = plane_shapes(coded.entry)
+    return [Plane(a.reshape(s[:2]), *s[2:]) for a, s in zip(given, shapes, strict=True)]
+
+
+def _coded(entry: CodedEntry | BatchNormEntry, planes: list[IntArray]) -> Coded:
+    if isinstance(entry, BatchNormEntry):
+        return CodedBatchNorm(entry, planes[0].reshape(-1), planes[1].reshape(-1))
+    rest = iter(planes)
+    rows = next(rest).reshape(-1) if "r" in entry.groups else None
+    columns = next(rest).reshape(-1) if "c" in entry.groups else None
+    for exponents in (rows, columns):
+        if exponents is not None and exponents.size and np.abs(exponents).max() > MAX_EXPONENT:
+            raise CorruptFile(f"a step exponent of tensor {entry.name!r} is out of range, allowed is ±{MAX_EXPONENT}")
+    return CodedTensor(entry, next(rest), rows, columns)
+
+
+def _sections(entries: Sequence[CodedEntry | BatchNormEntry]) -> list[list[CodedEntry | BatchNormEntry]]:
+    """Runs of consecutive entries, each closed once it has SECTION_VALUES values."""
+    sizes = [sum(rows * columns for rows, columns, *_ in plane_shapes(e)) for e in entries]
+    cuts = [0]
+    for k, total in enumerate(accumulate(sizes), 1):
+        if total - sum(sizes[: cuts[-1]]) >= SECTION_VALUES:
+            cuts.append(k)
+    if cuts[-1] != len(entries):
+        cuts.append(len(entries))
+    return [list(entries[a:b]) for a, b in pairwise(cuts)]
+
+
+def _lanes(shapes: Sequence[PlaneShape]) -> int:
+    sizes = [rows * columns for rows, columns, *_ in shapes]
+    return lanes_for(sum(sizes), max(sizes))
+
+
+def _batchnorm_values(norm: CodedBatchNorm, step: tuple[int, int]) -> dict[str, NDArray[np.generic]]:
+    entry = norm.entry
+    scale, shift = (
+        to_dtype(dequantize(symbols[None], step, total_index(qp, None, None, 1), (0, 0))[0], entry.dtype)
+        for symbols, qp in zip((norm.scale, norm.shift), entry.qps, strict=True)
+    )
+    variance = to_dtype(np.full(entry.channels, 1 - entry.eps, np.float32), entry.dtype)
+    result = {
+        entry.key("weight"): scale,
+        entry.key("bias"): shift,
+        entry.key("running_mean"): np.zeros_like(scale),
+        entry.key("running_var"): variance,
+    }
+    if entry.batches_tracked is not None:
+        result[entry.key("num_batches_tracked")] = np.array(entry.batches_tracked, np.int64)
+    return result
+
+
+def _num_bytes(entry: RawEntry) -> int:
+    count = DTYPES[entry.dtype].size
+    for d in entry.shape:
+        count *= d
+    return count
+
+
+def _raw_values(data: bytes, entry: RawEntry) -> NDArray[np.generic]:
+    if entry.dtype == "bfloat16":
+        return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32).reshape(entry.shape)
+    dtype = np.dtype(DTYPES[entry.dtype].numpy).newbyteorder("<")
+    if entry.dtype == "bool":
+        return (np.frombuffer(data, np.uint8) != 0).reshape(entry.shape)
+    return np.frombuffer(data, dtype).astype(dtype.newbyteorder("=")).reshape(entry.shape)
+
+
+def decoded_aliases(container: Container) -> dict[str, str]:
+    """Aliases of the file: name → name of the tensor it equals."""
+    return {e.name: e.of for e in container.entries if isinstance(e, AliasEntry)}

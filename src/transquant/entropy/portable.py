@@ -1,0 +1,173 @@
+"""The same decoder with numpy alone, vectorised over lanes; gives the same integers as `lanes`.
+
+FORMAT.md section 5 is written so that this is possible: the lanes of a block decide stage by stage, with probabilities
+fixed during a stage, so each stage is a handful of array operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transquant.entropy import tables
+from transquant.errors import CorruptFile
+from transquant.records import IntArray
+
+Int64 = NDArray[np.int64]
+
+_R, _LEVEL = tables.RECIPROCAL, tables.LEVEL_OF
+_BIT_LENGTH = np.array([max(int(t).bit_length() - 3, 0) for t in range(1 << 12)], np.int64)
+
+
+class _Reader:
+    """States of the lanes and the words still to be read."""
+
+    def __init__(self, data: bytes, lanes: int) -> None:
+        if len(data) < 4 * lanes or (len(data) - 4 * lanes) % 2:
+            raise CorruptFile(f"a symbol section of {len(data)} bytes is too short for its {lanes} lanes")
+        self.states = np.frombuffer(data, "<u4", lanes).astype(np.int64)
+        self.words = np.frombuffer(data, "<u2", offset=4 * lanes).astype(np.int64)
+        self.position = 0
+        if self.states.min() < tables.STATE_LOW:
+            raise CorruptFile("an initial state of a symbol section is out of range")
+
+    def bits(self, members: Int64, p: Int64 | int) -> NDArray[np.bool_]:
+        """One decision for each lane in `members` (ascending), probability p each: bool (len(members),)."""
+        x = self.states[members]
+        low = x & (tables.P_ONE - 1)
+        bit = low < p
+        x = np.where(bit, p, tables.P_ONE - p) * (x >> tables.P_BITS) + low - np.where(bit, 0, p)
+        short = np.flatnonzero(x < tables.STATE_LOW)
+        if short.size:
+            end = self.position + short.size
+            if end > len(self.words):
+                raise CorruptFile("a symbol section ends early or holds a symbol that is too large")
+            x[short] = (x[short] << 16) | self.words[self.position : end]
+            self.position = end
+        self.states[members] = x
+        return bit
+
+    def plain(self, lengths: Int64, values: Int64) -> None:
+        """Append `lengths[lane]` bits of probability one half to `values[lane]`, highest first, in place."""
+        for position in range(1, int(lengths.max(initial=0)) + 1):
+            members = np.flatnonzero(lengths >= position)
+            values[members] = (values[members] << 1) | self.bits(members, tables.P_HALF)
+
+
+def _probabilities(c0: Int64, c1: Int64) -> Int64:
+    return np.clip((c1 * _R[c0 + c1]) >> (32 - tables.P_BITS), tables.P_MIN, tables.P_MAX)
+
+
+def _learn(counts: Int64, context: Int64, bit: NDArray[np.bool_]) -> None:
+    """Add a stage's decisions to counts (contexts, 2) and bound them, in place."""
+    seen = np.bincount(context + len(counts) * bit, minlength=2 * len(counts))
+    counts += 2 * seen.reshape(2, -1).T
+    while (over := counts.sum(1) > tables.COUNT_LIMIT).any():
+        counts[over] = (counts[over] + 1) >> 1
+
+
+def decode_planes(data: bytes, planes: Sequence[tuple[int, int, int, int, int]], lanes: int) -> list[IntArray]:
+    """Symbols of the planes (rows, columns, kind, width, taps), int32 (rows, columns) each.
+
+    Raises CorruptFile unless every byte is used and every state ends where the encoder began."""
+    reader = _Reader(data, lanes)
+    magnitude = [tables.first_magnitude_counts().transpose(1, 0, 2).copy() for _ in range(tables.NUM_CLASSES)]
+    gamma = [np.full((tables.NUM_GAMMA, 2), 2, np.int64) for _ in range(tables.NUM_CLASSES)]
+    start = [tables.FIRST_START] * tables.NUM_CLASSES
+    result = []
+    for rows, columns, kind, width, taps in planes:
+        plane = np.zeros((rows, columns), np.int32)
+        if plane.size:
+            start[kind] = _plane(reader, plane, width, taps, lanes, magnitude[kind], gamma[kind], start[kind])
+        result.append(plane)
+    if reader.position != len(reader.words) or (reader.states != tables.STATE_LOW).any():
+        raise CorruptFile("a symbol section does not end where its symbols end")
+    return result
+
+
+def _plane(
+    reader: _Reader, q: IntArray, width: int, taps: int, lanes: int, magnitude: Int64, gamma: Int64, start: int
+) -> int:
+    rows, columns = q.shape
+    signs = np.full((27, 2), 3, np.int64)
+    sign_class = np.zeros((columns + 1, min(lanes, rows)), np.int64)  # of this block, by column; the last row stays 0
+    col = np.zeros(columns, np.int64)
+    shift_of_columns = tables.column_shift(lanes)
+    for first in range(0, rows, lanes):
+        count = min(lanes, rows - first)
+        everyone = np.arange(count)
+        row = np.full(count, start, np.int64)
+        earlier, sign_class = sign_class, np.zeros_like(sign_class)
+        block = np.zeros((columns, count), np.int32)
+        for j in range(columns):
+            m = row
+            if first:
+                around = (2 * int(col[j]) + int(col[max(j - 1, 0)]) + int(col[min(j + 1, columns - 1)])) >> 2
+                m = (row + around) >> 1
+            size = _magnitudes(reader, everyone, m, magnitude, gamma)
+            if size.max() > tables.MAX_SYMBOL:
+                raise CorruptFile("a symbol section ends early or holds a symbol that is too large")
+            row += ((size << 8) - row) >> 3
+            members = np.flatnonzero(size)
+            if members.size:
+                left = j - 1 if j > 0 and (width == 1 or j % width) else -1
+                above = j - width if j % taps >= width else -1
+                context = (sign_class[left] * 3 + sign_class[above]) * 3
+                context = (context[:count] + (earlier[j, :count] if first else 0))[members]
+                bit = reader.bits(members, _probabilities(signs[context, 0], signs[context, 1]))
+                _learn(signs, context, bit)
+                sign_class[j, members] = 2 - bit
+                size[members[~bit]] *= -1
+                block[j] = size
+            mean = (int(np.abs(size).sum()) << 8) // count
+            col[j] = mean if not first else int(col[j]) + ((mean - int(col[j])) >> shift_of_columns)
+        q[first : first + count] = block.T
+        start = int(col.sum()) // columns
+    return start
+
+
+def _magnitudes(reader: _Reader, everyone: Int64, m: Int64, magnitude: Int64, gamma: Int64) -> Int64:
+    """Stages 1 to 3 for one column of a block: int64 (count,)."""
+    level = _LEVEL[np.minimum(m, 2047)]
+    size = np.zeros(len(everyone), np.int64)
+    members = everyone
+    for k in range(tables.NUM_UNARY):
+        counts = magnitude[k]
+        context = level[members]
+        bit = reader.bits(members, _probabilities(counts[:, 0], counts[:, 1])[context])
+        _learn(counts, context, bit)
+        members = members[bit]
+        if not members.size:
+            break
+        size[members] = k + 1
+    if members.size:
+        size[members] += _gamma(reader, members, gamma)
+    if (m >= 2048).any():  # the first average with low bits
+        shift = _BIT_LENGTH[np.minimum(m >> 8, len(_BIT_LENGTH) - 1)]
+        big = m >> 20 > 0
+        if big.any():
+            shift[big] = [max(int(t).bit_length() - 3, 0) for t in m[big] >> 8]
+        reader.plain(shift, size)
+    return size
+
+
+def _gamma(reader: _Reader, over: Int64, gamma: Int64) -> Int64:
+    lengths = np.zeros(len(over), np.int64)
+    inside = np.arange(len(over))
+    for k in range(tables.NUM_GAMMA):
+        p = int(_probabilities(gamma[k : k + 1, 0], gamma[k : k + 1, 1])[0])
+        bit = reader.bits(over[inside], p)
+        _learn(gamma[k : k + 1], np.zeros(len(inside), np.int64), bit)
+        inside = inside[bit]
+        lengths[inside] = k + 1
+        if not inside.size:
+            break
+    if inside.size:
+        raise CorruptFile("a symbol section ends early or holds a symbol that is too large")
+    # the bits go by position over all lanes, so spread the members over the lane axis
+    wide_lengths, wide = np.zeros(over[-1] + 1, np.int64), np.ones(over[-1] + 1, np.int64)
+    wide_lengths[over] = lengths
+    reader.plain(wide_lengths, wide)
+    return wide[over] - 1

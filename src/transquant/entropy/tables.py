@@ -1,0 +1,56 @@
+"""Constants of the entropy models (FORMAT.md section 5), shared by the compiled and the numpy coder. numpy only."""
+
+from __future__ import annotations
+
+import numpy as np
+
+NUM_CLASSES = 3
+NUM_LEVELS = 20
+NUM_UNARY = 18  # stage 1 decisions, k = 0 ... 17
+NUM_GAMMA = 21  # stage 2 prefix decisions, k = 0 ... 20; more ones than 20 are corrupt
+MAX_SYMBOL = (1 << 20) - 1
+MAX_LANES = 1024
+
+COUNT_LIMIT = 510
+P_BITS = 14
+P_ONE, P_HALF = 1 << P_BITS, 1 << (P_BITS - 1)
+P_MIN, P_MAX = 16, P_ONE - 16
+STATE_LOW = 1 << 16
+FIRST_START = 128
+
+THRESHOLDS = (5, 10, 17, 25, 36, 49, 66, 88, 117, 154, 203, 268, 354, 467, 616, 813, 1073, 1416, 1869)
+LEVEL_MEANS = (3, 7, 13, 21, 30, 42, 57, 77, 102, 135, 178, 235, 311, 410, 541, 714, 943, 1244, 1642, 2400)
+
+# R[t] = floor(2^32 / t): turns a pair of counts into a probability without a division
+RECIPROCAL = np.array([0] + [(1 << 32) // t for t in range(1, 4 * MAX_LANES + COUNT_LIMIT + 2)], dtype=np.int64)
+
+# level of a magnitude average m, for m clipped to the last index
+LEVEL_OF = np.searchsorted(np.array(THRESHOLDS), np.arange(2048), side="right").astype(np.int64)
+
+# information content in bits of an event of probability p / 2^14; for reports only
+BITS_OF = -np.log2(np.arange(P_ONE + 1).clip(min=1) / P_ONE)
+
+
+def first_magnitude_counts() -> np.ndarray:
+    """Initial counts of the stage 1 contexts, int64 (levels, unary, 2): a geometric law of the level's mean."""
+    counts = np.empty((NUM_LEVELS, NUM_UNARY, 2), np.int64)
+    for level, mean in enumerate(LEVEL_MEANS):
+        ones = min(max(16 * mean // (256 + mean), 1), 15)
+        counts[level, :, 0], counts[level, :, 1] = 16 - ones, ones
+    return counts
+
+
+def column_shift(lanes: int) -> int:
+    """How slowly a column's average follows: u of FORMAT.md, smaller where a block of rows is already an average."""
+    return 3 if lanes < 4 else 2 if lanes < 16 else 1
+
+
+def lanes_for(num_values: int, largest: int) -> int:
+    """Lanes for a section of `num_values` whose largest plane has `largest`: 8 at 270,000 in small planes, 256 where a
+    plane has a million, at most 1,024.
+
+    A lane costs about two bytes and some context, and lets a vectorised reader decode one more symbol at a time; the
+    choice is the encoder's."""
+    by_section = max(num_values, 1).bit_length() - 16
+    by_plane = 3 * (max(largest, 1).bit_length() - 1) - 52
+    return 1 << min(max(by_section, by_plane, 0), 10)

@@ -1,0 +1,64 @@
+"""The step grid and dequantization of FORMAT.md section 3. numpy only: the portable reader uses it.
+
+    step of entry (i, j) = mantissa · K[t mod 4] · 2^(exponent + t // 4 − 14),   t = qp + 2·row_exponent[i] + 2·column_exponent[j]
+"""
+
+from __future__ import annotations
+
+from math import floor, frexp, log2
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transquant.errors import CorruptFile
+from transquant.records import FloatArray, IntArray
+
+QUARTERS = np.array([16384, 19484, 23170, 27554], dtype=np.int64)
+MAX_QP = 400
+MAX_EXPONENT = 64
+
+
+def global_step(value: float) -> tuple[int, int]:
+    """The (mantissa, exponent) nearest to a positive value, 2048 ≤ mantissa ≤ 4095."""
+    fraction, exponent = frexp(value)  # 0.5 <= fraction < 1
+    mantissa = round(fraction * 4096)
+    if mantissa == 4096:
+        mantissa, exponent = 2048, exponent + 1
+    return mantissa, min(max(exponent - 12, -160), 60)
+
+
+def nearest_qp(ratio: float) -> int:
+    """Quarter-octave index of a positive step relative to the global step, clamped to the format's range."""
+    return int(min(max(floor(4 * log2(ratio) + 0.5), -MAX_QP), MAX_QP))
+
+
+def total_index(qp: int, rows: IntArray | None, columns: IntArray | None, taps: int) -> NDArray[np.int64]:
+    """t as int64, broadcastable to (rows, columns)."""
+    t = np.full((1, 1), qp, np.int64)
+    if rows is not None:
+        t = t + 2 * rows.astype(np.int64)[:, None]
+    if columns is not None:
+        t = t + 2 * np.repeat(columns.astype(np.int64), taps)[None, :]
+    return t
+
+
+def steps(step: tuple[int, int], t: NDArray[np.int64]) -> FloatArray:
+    """Step sizes as float64, exact, the shape of t."""
+    return np.ldexp((step[0] * QUARTERS[t & 3]).astype(np.float64), step[1] + (t >> 2) - 14)
+
+
+def dequantize(
+    symbols: IntArray, step: tuple[int, int], t: NDArray[np.int64], offsets: tuple[int, int]
+) -> NDArray[np.float32]:
+    """Values float32 of symbols int32 (rows, columns): integers below 2^53 times a power of two, rounded once.
+
+    `offsets`: reconstruction offsets of magnitudes 1 and above, 1/64 step toward zero. Raises CorruptFile where a
+    value does not fit float32."""
+    size = np.abs(symbols.astype(np.int64))
+    shrunk = 64 * size - np.where(size > 1, offsets[1], np.where(size == 1, offsets[0], 0))
+    product = np.sign(symbols) * shrunk * (step[0] * QUARTERS[t & 3])
+    with np.errstate(over="ignore", under="ignore"):
+        values: NDArray[np.float32] = np.ldexp(product.astype(np.float64), step[1] + (t >> 2) - 20).astype(np.float32)
+    if not np.isfinite(values).all():
+        raise CorruptFile("a decoded value does not fit float32")
+    return values

@@ -1,0 +1,83 @@
+"""The metric of a layer, regularised and factored for the feedback.
+
+Plain feedback wastes bits and makes huge errors in directions that the water level covers. In the MMSE form the metric is
+G ⊗ A + τ I, τ = θ / σ² (θ = c²/12 the water level, σ² the mean square of the weights). That is no Kronecker product; we
+take (G + r·ḡ I) ⊗ (A + r·ā I) with the same trace, where ā, ḡ are the mean diagonal entries:
+
+    2r + r² = τ / (ā ḡ)
+
+and add fixed dampings α, γ (relative to ā, ḡ) for the sampling error, chosen on held-back calibration samples.
+The exact Wiener filter that belongs to this form, W* with G W* A + τ W* = G W A, can be applied before the quantizer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from transquant.records import FloatArray
+
+
+@dataclass(frozen=True, slots=True)
+class Damping:
+    """Relative dampings: A + α ā I, G + γ ḡ I; `noise` scales τ, `wiener` says whether weights are filtered too."""
+
+    alpha: float = 0.05
+    gamma: float = 0.2
+    noise: float = 1.0
+    wiener: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """LDLᵀ of both regularised moments of one group: unit lower triangular factors (None: identity) and the diagonals,
+    float64 (o,) and (n,)."""
+
+    output_factor: FloatArray | None
+    output_diagonal: FloatArray
+    input_factor: FloatArray | None
+    input_diagonal: FloatArray
+
+
+def noise_level(damping: Damping, water_level: float, variance: float, mean_in: float, mean_out: float) -> float:
+    """r of the module's formula; 0 where a moment or the weights vanish."""
+    scale = variance * mean_in * mean_out
+    if scale <= 0 or damping.noise <= 0:
+        return 0.0
+    return float(np.sqrt(1 + damping.noise * water_level / scale) - 1)
+
+
+def regularise(moment: FloatArray, amount: float) -> FloatArray:
+    """moment + amount · (mean diagonal) · I; moment (n, n), or (n,) where only the diagonal is kept."""
+    if moment.ndim == 1:
+        return moment + amount * moment.mean()
+    damped = moment.copy()
+    damped.flat[:: len(damped) + 1] += amount * np.trace(moment) / len(moment)
+    return damped
+
+
+def factor(moment: FloatArray) -> tuple[FloatArray | None, FloatArray]:
+    """LDLᵀ: the unit lower triangular factor (None for a diagonal moment) and the diagonal.
+
+    A moment that is not positive definite in float64 gets more damping, a factor of ten at a time."""
+    if moment.ndim == 1:
+        return None, np.maximum(moment, moment.mean() * 1e-12 + 1e-300)
+    extra = 0.0
+    while True:
+        lower, failed = torch.linalg.cholesky_ex(torch.from_numpy(regularise(moment, extra) if extra else moment))
+        diagonal = torch.diagonal(lower)
+        if not failed and bool((diagonal > 0).all()) and bool(torch.isfinite(diagonal).all()):
+            return (lower / diagonal).contiguous().numpy(), (diagonal**2).numpy()
+        extra = max(10 * extra, 1e-8)
+
+
+def wiener(weight: FloatArray, input_moment: FloatArray, output_moment: FloatArray, tau: float) -> FloatArray:
+    """W* with G W* A + τ W* = G W A, through both eigenbases; weight (o, n), full moments."""
+    a, basis_in = torch.linalg.eigh(torch.from_numpy(input_moment))
+    g, basis_out = torch.linalg.eigh(torch.from_numpy(output_moment))
+    product = g.clamp(min=0)[:, None] * a.clamp(min=0)[None, :]
+    coeffs = basis_out.T @ torch.from_numpy(weight) @ basis_in
+    filtered: FloatArray = (basis_out @ (coeffs * product / (product + tau)) @ basis_in.T).numpy()
+    return filtered
