@@ -1,0 +1,197 @@
+"""The JSON header and the records it stands for, one function a direction (FORMAT.md section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import isfinite, prod
+from typing import Any, Literal, cast
+
+from transquant.container.checks import integer, items, keys, known, string
+from transquant.container.dtypes import CODED_DTYPES, DTYPES
+from transquant.errors import CorruptFile, LimitExceeded, UnsupportedVersion
+from transquant.records import AliasEntry, BatchNormEntry, CodedEntry, Entry, Limits, RawEntry
+
+MAX_ENTRIES = 100_000
+BATCHNORM_KEYS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+SectionRow = tuple[Literal["s", "r"], int, int, int, int]  # kind, count, lanes, length, crc32
+
+
+def entry_to_json(entry: Entry) -> dict[str, Any]:
+    """One entry as its JSON object, defaults left out."""
+    if isinstance(entry, AliasEntry):
+        return {"k": "a", "n": entry.name, "o": entry.of}
+    if isinstance(entry, BatchNormEntry):
+        value: dict[str, Any] = {"k": "b", "n": entry.name, "s": [entry.channels], "q": list(entry.qps), "e": entry.eps}
+        if entry.batches_tracked is not None:
+            value["b"] = entry.batches_tracked
+    elif isinstance(entry, RawEntry):
+        value = {"k": "r", "n": entry.name, "s": list(entry.shape)}
+    else:
+        value = {"n": entry.name, "s": list(entry.shape), "q": entry.qp}
+        if entry.recon_offsets != (0, 0):
+            value["d"] = list(entry.recon_offsets)
+        if entry.groups:
+            value["g"] = entry.groups
+    if entry.dtype != "float32":
+        value["t"] = entry.dtype
+    return value
+
+
+def entry_from_json(value: Any) -> Entry:
+    """One entry, validated. Raises CorruptFile or UnsupportedVersion."""
+    kind = value.get("k", "c") if isinstance(value, dict) else "c"
+    known(kind, ("c", "b", "r", "a"), "the kind of a tensor")
+    if kind == "a":
+        value = keys(value, "kno", "", "an alias")
+        return AliasEntry(string(value["n"], "a tensor name"), string(value["o"], "an alias target"))
+    if kind == "b":
+        value = keys(value, "knsqe", "tb", "a BatchNorm")
+        name = string(value["n"], "a tensor name", empty=True)
+        channels = integer(items(value["s"], "a BatchNorm's shape", length=1)[0], 0, 2**31 - 1, "a dimension")
+        first, second = (_qp(q) for q in items(value["q"], "a BatchNorm's step indices", length=2))
+        eps = value["e"]
+        if type(eps) not in (int, float) or not isfinite(eps) or not 0 <= eps < 1:
+            raise CorruptFile(f"the eps of BatchNorm {name!r} is {eps!r}, allowed is 0 up to 1")
+        tracked = value.get("b")
+        if tracked is not None:
+            integer(tracked, 0, 2**63 - 1, "a BatchNorm's counter")
+        return BatchNormEntry(name, channels, _dtype(value, CODED_DTYPES), (first, second), float(eps), tracked)
+    if kind == "r":
+        value = keys(value, "kns", "t", "a raw tensor")
+        return RawEntry(string(value["n"], "a tensor name"), _shape(value["s"]), _dtype(value, tuple(DTYPES)))
+    value = keys(value, "nsq", "ktdgzx", "a coded tensor")
+    known(value.get("z", "u"), ("u",), "a quantizer")
+    known(value.get("x", "i"), ("i",), "a transform")
+    groups = known(value.get("g", ""), ("", "r", "c", "rc"), "a step grouping")
+    offsets = [integer(d, -31, 31, "a reconstruction offset") for d in items(value.get("d", [0, 0]), "offsets", length=2)]
+    shape = _shape(value["s"])
+    if groups and len(shape) < 2:
+        raise CorruptFile(f"a tensor of shape {list(shape)} has step groups {groups!r}, allowed for matrices only")
+    return CodedEntry(
+        string(value["n"], "a tensor name"), shape, _dtype(value, CODED_DTYPES), _qp(value["q"]),
+        (offsets[0], offsets[1]), cast(Literal["", "r", "c", "rc"], groups),
+    )  # fmt: skip
+
+
+def header_to_json(
+    step: tuple[int, int], entries: Sequence[Entry], sections: Sequence[SectionRow], metadata: dict[str, str]
+) -> dict[str, Any]:
+    """The header as a JSON object."""
+    value: dict[str, Any] = {"step": list(step), "tensors": [entry_to_json(e) for e in entries]}
+    value["sections"] = [list(s) for s in sections]
+    if metadata:
+        value["metadata"] = metadata
+    return value
+
+
+def header_from_json(
+    value: dict[str, Any],
+) -> tuple[tuple[int, int], tuple[Entry, ...], list[SectionRow], dict[str, str]]:
+    """(step, entries, section rows, metadata) of a header, validated as a whole."""
+    unknown = [k for k in value if k not in ("step", "tensors", "sections", "features", "metadata")]
+    if unknown or items(value.get("features", []), "features", most=64):
+        raise UnsupportedVersion("the header has features that need a newer version of transquant")
+    for key in ("step", "tensors", "sections"):
+        if key not in value:
+            raise CorruptFile(f"the header lacks the key {key!r}")
+    mantissa, exponent = items(value["step"], "the global step", length=2)
+    step = integer(mantissa, 2048, 4095, "the step's mantissa"), integer(exponent, -160, 60, "the step's exponent")
+    entries = tuple(entry_from_json(e) for e in items(value["tensors"], "the list of tensors", most=MAX_ENTRIES))
+    _check_names(entries)
+    rows = [_section(s) for s in items(value["sections"], "the section table", most=MAX_ENTRIES)]
+    _check_sections(entries, rows)
+    metadata = value.get("metadata", {})
+    if not isinstance(metadata, dict) or len(metadata) > 64:
+        raise CorruptFile("the metadata is not an object of at most 64 texts")
+    for key, text in metadata.items():
+        string(key, "a metadata key")
+        string(text, "a metadata text", most=1 << 20, empty=True)
+    return step, entries, rows, metadata
+
+
+def tensor_names(entry: Entry) -> list[str]:
+    """State-dict keys of an entry."""
+    if isinstance(entry, BatchNormEntry):
+        count = 4 if entry.batches_tracked is None else 5
+        return [entry.key(k) for k in BATCHNORM_KEYS[:count]]
+    return [entry.name]
+
+
+def check_limits(entries: Iterable[Entry], file_bytes: int, limits: Limits) -> None:
+    """Refuse a header that asks for too much, before anything is allocated. Raises LimitExceeded."""
+    sizes: dict[str, int] = {}
+    total = 0
+    for entry in entries:
+        if isinstance(entry, AliasEntry):
+            size = sizes[entry.of]
+        elif isinstance(entry, BatchNormEntry):
+            each = entry.channels * DTYPES[entry.dtype].size
+            sizes |= {name: each for name in tensor_names(entry)}
+            size = 4 * each + 16 * entry.channels + 8
+        else:
+            count = prod(entry.shape)
+            sizes[entry.name] = count * DTYPES[entry.dtype].size
+            size = sizes[entry.name] + (8 * count if isinstance(entry, CodedEntry) else 0)
+        total += size
+    if total > limits.max_decoded_bytes:
+        raise LimitExceeded(
+            f"the file asks for {total} bytes, the limit is {limits.max_decoded_bytes}; raise it with "
+            "Limits(max_decoded_bytes=...) if you trust the file"
+        )
+    if total > max(limits.free_expansion_bytes, limits.max_expansion * file_bytes):
+        raise LimitExceeded(
+            f"the file of {file_bytes} bytes asks for {total} bytes, more than {limits.max_expansion} times its size; "
+            "raise Limits(max_expansion=...) if you trust the file"
+        )
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(integer(d, 0, 2**31 - 1, "a dimension") for d in items(value, "a shape", most=8))
+
+
+def _qp(value: Any) -> int:
+    return integer(value, -400, 400, "a step index")
+
+
+def _dtype(value: dict[str, Any], allowed: tuple[str, ...]) -> str:
+    dtype = known(value.get("t", "float32"), tuple(DTYPES), "a dtype")
+    if dtype not in allowed:
+        raise CorruptFile(f"a tensor has dtype {dtype}, allowed here are {', '.join(allowed)}")
+    return dtype
+
+
+def _check_names(entries: tuple[Entry, ...]) -> None:
+    seen: set[str] = set()
+    labels: set[str] = set()  # entries are looked up by name too, so a BatchNorm's prefix is one
+    for entry in entries:
+        names = tensor_names(entry)
+        if isinstance(entry, AliasEntry) and entry.of not in seen:
+            raise CorruptFile(f"{entry.name!r} is an alias of {entry.of!r}, which is no earlier tensor")
+        if seen.intersection(names) or entry.name in labels:
+            raise CorruptFile(f"two tensors are named {names[0]!r}")
+        seen.update(names)
+        labels.add(entry.name)
+
+
+def _section(value: Any) -> SectionRow:
+    row = items(value, "a section", length=5)
+    kind = known(row[0], ("s", "r"), "a section kind")
+    count = integer(row[1], 1, MAX_ENTRIES, "a section's count")
+    lanes = integer(row[2], 0, 1024, "a section's lanes")
+    if (kind == "r" and lanes) or (kind == "s" and (lanes == 0 or lanes & (lanes - 1))):
+        raise CorruptFile(f"a section has {lanes} lanes, allowed are powers of two up to 1024, and 0 for raw ones")
+    length = integer(row[3], 0, 2**62, "a section's length")
+    return cast(Literal["s", "r"], kind), count, lanes, length, integer(row[4], 0, 2**32 - 1, "a section's checksum")
+
+
+def _check_sections(entries: tuple[Entry, ...], rows: list[SectionRow]) -> None:
+    kinds = [row[0] for row in rows]
+    if "r" in kinds[:-1]:
+        raise CorruptFile("a raw section is not the last section, or there are two")
+    coded = sum(isinstance(e, CodedEntry | BatchNormEntry) for e in entries)
+    raw = sum(isinstance(e, RawEntry) for e in entries)
+    for kind, number in (("s", coded), ("r", raw)):
+        counted = sum(row[1] for row in rows if row[0] == kind)
+        if counted != number:
+            raise CorruptFile(f"sections of kind {kind!r} hold {counted} tensors, the header lists {number}")

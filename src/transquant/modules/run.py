@@ -1,0 +1,142 @@
+"""How a batch is run through a model, and how calibration data becomes fixed micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transquant.errors import InputError, TransquantError
+
+Forward = Callable[[nn.Module, Any], Any]
+Output = Callable[[Any], Tensor]
+
+SMALL_INPUT = 3 * 64 * 64  # values a sample up to which 32 samples make a micro-batch; above, 8
+
+
+def run_batch(model: nn.Module, batch: Any, forward: Forward | None = None, output: Output | None = None) -> Tensor:
+    """The output that counts, for one batch: a floating tensor (N, ...).
+
+    A tensor, or the first element of a tuple or list, is the input; a mapping gives keyword inputs (without "labels").
+    `forward(model, batch)` and `output(result)` override. Raises InputError where the model refuses the batch or gives
+    no finite floating tensor."""
+    try:
+        if forward is not None:
+            result = forward(model, _moved(batch, model))
+        elif isinstance(batch, Mapping):
+            result = model(**{k: v for k, v in _moved(batch, model).items() if k != "labels"})
+        else:
+            result = model(_moved(batch[0] if isinstance(batch, tuple | list) else batch, model))
+    except TransquantError:
+        raise
+    except Exception as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"the model refuses a calibration batch of shape {_shape(batch)}: {first_line}") from error
+    tensor = output(result) if output is not None else _tensor(result)
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.ndim == 0:
+        raise InputError(
+            f"the model returned {type(result).__name__} with no floating tensor of samples in it; "
+            "pass output= to say which tensor counts"
+        )
+    if not bool(torch.isfinite(tensor.detach()).all()):
+        raise InputError("the model's output has NaN or infinite values on a calibration batch")
+    return tensor
+
+
+def batches_of(calibration: Iterable[Any]) -> list[Any]:
+    """The batches of an iterable, checked not to be empty. Raises InputError."""
+    if isinstance(calibration, Tensor):
+        calibration = [calibration]
+    try:
+        batches = list(calibration)
+    except TypeError:
+        raise InputError(
+            f"calibration is a {type(calibration).__name__}, allowed is any iterable of batches, or None"
+        ) from None
+    batches = [b[0] if isinstance(b, tuple | list) and len(b) and isinstance(b[0], Tensor) else b for b in batches]
+    if not batches:
+        raise InputError("calibration has no batches")
+    for batch in batches:
+        for tensor in _leaves(batch):
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise InputError("a calibration batch has NaN or infinite values")
+    return batches
+
+
+def micro_batches(batches: Iterable[Any]) -> Iterator[Any]:
+    """Split batches along their first dimension into micro-batches whose size depends on the samples alone.
+
+    A batch that is no tensor, nor a mapping of tensors of one length, is passed on whole. Tensors of one shape are
+    joined first, so the user's batch size does not matter."""
+    held: list[Tensor] = []
+    for batch in batches:
+        if isinstance(batch, Tensor) and batch.ndim > 0:
+            if held and held[0].shape[1:] != batch.shape[1:]:
+                yield from torch.cat(held).split(_size(held[0]))
+                held = []
+            held.append(batch)
+            continue
+        tensors = list(_leaves(batch))
+        lengths = {len(t) if t.ndim else -1 for t in tensors}
+        if isinstance(batch, Mapping) and len(lengths) == 1 and len(tensors) == len(batch) and lengths != {-1}:
+            (length,), size = lengths, _size(tensors[0])
+            yield from ({k: v[a : a + size] for k, v in batch.items()} for a in range(0, length, size))
+        else:
+            yield batch
+    if held:
+        yield from torch.cat(held).split(_size(held[0]))
+
+
+def num_samples(batch: Any) -> int:
+    """Samples of a batch: the first dimension of its first tensor."""
+    first = next(_leaves(batch), None)
+    return len(first) if first is not None and first.ndim else 1
+
+
+def _size(tensor: Tensor) -> int:
+    return 32 if tensor[:1].numel() <= SMALL_INPUT else 8
+
+
+def _tensor(result: Any) -> Any:
+    if isinstance(result, Tensor):
+        return result
+    if isinstance(result, Mapping):
+        return result["logits"] if "logits" in result else next((v for v in result.values() if isinstance(v, Tensor)), None)
+    if hasattr(result, "logits"):
+        return result.logits
+    if isinstance(result, tuple | list):
+        return next((v for v in result if isinstance(v, Tensor)), None)
+    return None
+
+
+def _leaves(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _leaves(value)
+    elif isinstance(batch, tuple | list):
+        for value in batch:
+            yield from _leaves(value)
+
+
+def _moved(batch: Any, model: nn.Module) -> Any:
+    """The batch on the model's device, floating inputs in the model's dtype where that is not float32."""
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if parameter is None:
+        return batch
+    if isinstance(batch, Tensor):
+        reduced = batch.is_floating_point() and parameter.dtype in (torch.float16, torch.bfloat16, torch.float64)
+        return batch.to(parameter.device, parameter.dtype if reduced else None)
+    if isinstance(batch, Mapping):
+        return {k: _moved(v, model) for k, v in batch.items()}
+    if isinstance(batch, tuple | list):
+        return type(batch)(_moved(v, model) for v in batch) if not hasattr(batch, "_fields") else batch
+    return batch
+
+
+def _shape(batch: Any) -> str:
+    shapes = [str(tuple(t.shape)) for t in _leaves(batch)]
+    return ", ".join(shapes[:3]) or type(batch).__name__

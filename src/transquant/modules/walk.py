@@ -1,0 +1,150 @@
+"""Which tensors of a model are coded, and how; nothing is traced, module classes and names are enough."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from transquant.errors import InputError
+from transquant.records import AliasSpec, BatchNormSpec, Plan, RawSpec, Spec, VectorSpec, WeightSpec
+
+WEIGHT_KINDS: dict[type[nn.Module], str] = {nn.Conv2d: "conv2d", nn.Linear: "linear", nn.Embedding: "embedding"}
+BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, *BATCHNORMS)
+LOSSY_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+RAW_DTYPES = (
+    *LOSSY_DTYPES, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool,
+    torch.complex64, torch.complex128, torch.uint16, torch.uint32, torch.uint64,
+)  # fmt: skip
+
+
+def plan_model(model: nn.Module) -> Plan:
+    """The plan of a module's state dict.
+
+    Raises InputError for anything but a module, NaN or infinite weights, lazy parameters, tensors that no file can hold,
+    and a model without a weight to code."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is a {type(model).__name__}, allowed are an nn.Module, a state dict, or a .safetensors path")
+    owners = {name: module for name, module in model.named_modules(remove_duplicate=False)}
+    specs: list[Spec] = []
+    first_names: dict[object, str] = {}
+    batchnorms: set[str] = set()
+    total = 0
+    for key, value in _tensors(model.state_dict(keep_vars=True)).items():
+        owner, _, attribute = key.rpartition(".")
+        if owner in batchnorms and attribute in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+            continue
+        if (first := first_names.get(_identity(value))) is not None:
+            specs.append(AliasSpec(key, first))
+            continue
+        module = owners.get(owner)
+        if module is not None and _has_equivalent_set(module) and attribute == "weight":
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                tensor = getattr(module, name)
+                first_names[_identity(tensor)] = f"{owner}.{name}" if owner else name
+                total += tensor.numel() * tensor.element_size()
+            total += 0 if module.num_batches_tracked is None else 8
+            batchnorms.add(owner)
+            specs.append(_batchnorm(owner, module))
+            continue
+        first_names[_identity(value)] = key
+        total += value.numel() * value.element_size()
+        specs.append(_spec(key, attribute, owner, module, value))
+    return _plan(specs, sum(p.numel() for p in model.parameters()), total)
+
+
+def plan_state_dict(state: Mapping[str, Tensor]) -> Plan:
+    """The plan of a state dict without its modules: matrices are coded, all else is exact. Raises InputError."""
+    specs: list[Spec] = []
+    first_names: dict[object, str] = {}
+    total = parameters = 0
+    for key, value in _tensors(state).items():
+        if (first := first_names.get(_identity(value))) is not None:
+            specs.append(AliasSpec(key, first))
+            continue
+        first_names[_identity(value)] = key
+        total += value.numel() * value.element_size()
+        if value.is_floating_point() and key.rpartition(".")[2] not in ("running_mean", "running_var"):
+            parameters += value.numel()
+        if value.dtype in LOSSY_DTYPES and value.ndim >= 2 and value.numel():
+            specs.append(WeightSpec(key, None, "matrix", tuple(value.shape), dtype_name(value)))
+        else:
+            specs.append(RawSpec(key, tuple(value.shape), dtype_name(value), "no matrix, and no module is known"))
+    return _plan(specs, parameters, total)
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """The dtype as FORMAT.md names it."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _plan(specs: list[Spec], parameters: int, total: int) -> Plan:
+    if not any(isinstance(s, WeightSpec) for s in specs):
+        kinds = ", ".join(t.__name__ for t in WEIGHT_KINDS)
+        raise InputError(f"the model has no weight to code: coded are weights of {kinds}")
+    return Plan(tuple(specs), parameters, total)
+
+
+def _spec(key: str, attribute: str, owner: str, module: nn.Module | None, value: Tensor) -> Spec:
+    shape, dtype = tuple(value.shape), dtype_name(value)
+    name = type(module).__name__
+    kind = next((k for t, k in WEIGHT_KINDS.items() if isinstance(module, t)), None)
+    if not isinstance(value, nn.Parameter):
+        return RawSpec(key, shape, dtype, "a buffer")
+    if value.dtype not in LOSSY_DTYPES or value.numel() == 0:
+        return RawSpec(key, shape, dtype, "no values" if value.numel() == 0 else "not a real floating-point tensor")
+    if kind and attribute == "weight" and value.ndim >= 2:
+        return WeightSpec(key, owner, kind, shape, dtype, getattr(module, "groups", 1))
+    if (kind and attribute == "bias") or (isinstance(module, NORMS) and attribute in ("weight", "bias")):
+        return VectorSpec(key, shape, dtype)
+    return RawSpec(key, shape, dtype, f"no coder for {name}.{attribute}")
+
+
+def _has_equivalent_set(module: nn.Module) -> bool:
+    """A BatchNorm that in eval mode is a scale and a shift a channel, whose four vectors may come back as others.
+
+    A negative or tiny variance would not survive the conversion."""
+    if not isinstance(module, BATCHNORMS) or not module.affine or module.running_mean is None or module.running_var is None:
+        return False
+    plain = all(isinstance(getattr(module, n), Tensor) for n in ("weight", "bias")) and 0 <= module.eps < 0.5
+    return plain and module.weight.dtype in LOSSY_DTYPES and bool((module.running_var.double() + module.eps > 0).all())
+
+
+def _batchnorm(name: str, module: nn.Module) -> BatchNormSpec:
+    tracked = module.num_batches_tracked
+    count = None if tracked is None else int(tracked)  # type: ignore[arg-type]
+    return BatchNormSpec(name, module.num_features, dtype_name(module.weight), float(module.eps), count)  # type: ignore[arg-type]
+
+
+def _tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict's tensors, checked."""
+    result: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise InputError(f"the state dict's entry {key!r} is a {type(value).__name__}, allowed are tensors")
+        if isinstance(value, UninitializedParameter | UninitializedBuffer):
+            raise InputError(f"parameter {key!r} is not initialised yet: run the model once before compressing it")
+        if value.layout != torch.strided or value.is_quantized or value.dtype not in RAW_DTYPES or value.is_meta:
+            raise InputError(f"tensor {key!r} is {value.layout}, {value.dtype}, on {value.device}: only dense tensors can be stored")
+        if value.ndim > 8:
+            raise InputError(f"tensor {key!r} has {value.ndim} dimensions, allowed are at most 8")
+        if (value.is_floating_point() or value.is_complex()) and not bool(torch.isfinite(value.detach()).all()):
+            raise InputError(f"tensor {key!r} has NaN or infinite values; weights must be finite")
+        result[str(key)] = value
+    return result
+
+
+def _identity(tensor: Tensor) -> object:
+    """Equal for tensors that are the same memory seen the same way; unequal for everything empty."""
+    if tensor.numel() == 0:
+        return object()
+    return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+
+
+def num_values(shape: tuple[int, ...]) -> int:
+    """Elements of a shape."""
+    return prod(shape)
