@@ -19,7 +19,16 @@ from transquant.entropy.lanes import encode_planes
 from transquant.entropy.tables import MAX_SYMBOL
 from transquant.grid import global_step, nearest_qp, steps, total_index
 from transquant.quantizers.feedback import Rounding, quantize_feedback
-from transquant.quantizers.metric import Damping, factor, noise_level, regularise, wiener
+from transquant.quantizers.metric import (
+    Damping,
+    Factor,
+    factor,
+    mean_diagonal,
+    noise_level,
+    quadratic_form,
+    regularise,
+    wiener,
+)
 from transquant.records import (
     AliasEntry,
     AliasSpec,
@@ -54,7 +63,14 @@ class Choice:
 
     damping: Damping = field(default_factory=Damping)
     grouping: Grouping = field(default_factory=Grouping)
-    dead_zone: float = 0.5
+    dead_zone: float = 0.6
+
+    @property
+    def rounding(self) -> Rounding:
+        """Magnitudes are rebuilt in the middle of their bins, [k − 1 + dead zone, k + dead zone). Centroids, which the mean
+        square asks for, shrink every layer a little, and that hurts the network more than it saves."""
+        offset = -round(64 * (self.dead_zone - 0.5))
+        return Rounding(self.dead_zone, (offset, offset))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +91,6 @@ class Draft:
     entries: tuple[Entry, ...]
     coded: Mapping[str, Coded]
     distortions: Mapping[str, float]
-    offsets: Mapping[str, tuple[int, int]]  # centroids seen in this draft, for the next one
 
     @property
     def predicted(self) -> float:
@@ -94,21 +109,21 @@ class Encoder:
     def __init__(self, plan: Plan, source: Source, stats: Statistics, pool: Workers) -> None:
         self.plan, self.source, self.stats, self.pool = plan, source, stats, pool
 
-    def draft(self, c: float, choice: Choice, offsets: Mapping[str, tuple[int, int]] | None = None) -> Draft:
-        """Quantize everything with scalar c (rounded to the format's grid); `offsets` from an earlier draft."""
+    def draft(self, c: float, choice: Choice) -> Draft:
+        """Quantize everything with scalar c, rounded to the format's grid."""
         step = global_step(c)
         c = float(steps(step, np.zeros((1, 1), np.int64))[0, 0])
         specs = self.plan.specs
         weights = [s for s in specs if isinstance(s, WeightSpec)]
         weights.sort(key=lambda s: -np.prod(s.shape[:1]) * np.prod(s.shape))  # long ones first
-        results = self.pool.map(lambda s: self._weight(s, c, step, choice, (offsets or {}).get(s.name, (0, 0))), weights)
+        results = self.pool.map(lambda s: self._weight(s, c, step, choice), weights)
         done = {spec.name: result for spec, result in zip(weights, results, strict=True)}
         coded: dict[str, Coded] = {}
         entries: list[Entry] = []
         distortions: dict[str, float] = {}
         for spec in specs:
             if isinstance(spec, WeightSpec):
-                tensor, distortions[spec.name], _ = done[spec.name]
+                tensor, distortions[spec.name] = done[spec.name]
                 coded[spec.name] = tensor
                 entries.append(tensor.entry)
             elif isinstance(spec, VectorSpec):
@@ -129,8 +144,7 @@ class Encoder:
                 entries.append(RawEntry(spec.name, spec.shape, spec.dtype))
             elif isinstance(spec, AliasSpec):
                 entries.append(AliasEntry(spec.name, spec.of))
-        seen = {name: result[2] for name, result in done.items()}
-        return Draft(c, step, tuple(entries), coded, distortions, seen)
+        return Draft(c, step, tuple(entries), coded, distortions)
 
     def encode(self, draft: Draft, metadata: Mapping[str, str] | None = None) -> EncodedFile:
         """The file of a draft."""
@@ -144,61 +158,45 @@ class Encoder:
                 stats = self.stats.layers[spec.name]
                 weight = self.source.values[spec.name]
                 variances.append(float(np.mean(weight**2)))
-                sensitivities.append(_mean_diagonal(stats.input_moment) * _mean_diagonal(stats.output_moment))
+                sensitivities.append(_mean_level(stats))
                 counts.append(weight.size)
         return first_guess(8 * target_bytes, np.array(variances), np.array(sensitivities), np.array(counts, np.float64))
 
-    def _weight(
-        self, spec: WeightSpec, c: float, step: tuple[int, int], choice: Choice, offsets: tuple[int, int]
-    ) -> tuple[CodedTensor, float, tuple[int, int]]:
-        """One weight: its symbols, predicted distortion, and the centroids seen."""
+    def _weight(self, spec: WeightSpec, c: float, step: tuple[int, int], choice: Choice) -> tuple[CodedTensor, float]:
+        """One weight: its symbols and predicted distortion."""
         weight = self.source.values[spec.name]
         stats = self.stats.layers[spec.name]
-        variance = float(np.mean(weight**2))
-        groups = len(stats.input_moment)
-        blocks = weight.reshape(groups, -1, weight.shape[1])
-        taps = int(np.prod(spec.shape[2:]))
         entry = CodedEntry(spec.name, spec.shape, spec.dtype)
         if not (stats.input_moment.any() and stats.output_moment.any()):
-            qp = nearest_qp(max(IDLE_STEP * variance**0.5, 1e-30) / c)
-            sizes = np.broadcast_to(steps(step, np.array([[qp]])), weight.shape)
-            symbols, _, _ = quantize_feedback(weight, sizes, None, None, Rounding())
-            return CodedTensor(replace(entry, qp=qp), symbols), 0.0, (0, 0)
-
-        targets = blocks.copy()
-        lowers: list[tuple[FloatArray | None, FloatArray | None]] = []
-        diagonals: list[tuple[FloatArray, FloatArray]] = []
-        for k in range(groups):
-            a, g = stats.input_moment[k], stats.output_moment[k]
-            if not (a.any() and g.any()):  # a dead group among live ones takes the mean of the others
-                a, g = stats.input_moment.mean(0), stats.output_moment.mean(0)
-            mean_in, mean_out = _mean_diagonal(a), _mean_diagonal(g)
-            noise = noise_level(choice.damping, c * c / 12, variance, mean_in, mean_out)
-            if choice.damping.wiener and a.ndim == g.ndim == 2 and max(len(a), len(g)) <= WIENER_SIDE and variance > 0:
-                damped = regularise(a, choice.damping.alpha), regularise(g, choice.damping.gamma)
-                targets[k] = wiener(blocks[k], *damped, c * c / 12 / variance)
-            lower_out, diagonal_out = factor(regularise(g, choice.damping.gamma + noise))
-            lower_in, diagonal_in = factor(regularise(a, choice.damping.alpha + noise))
-            lowers.append((lower_out, lower_in))
-            diagonals.append((diagonal_out, diagonal_in))
+            return self._idle_weight(entry, weight, c, step), 0.0
+        moments = [_live(stats, k) for k in range(len(stats.input_moment))]
+        blocks = weight.reshape(len(moments), -1, weight.shape[1])
+        variance = float(np.mean(weight**2))
+        factors = [_factors(a, g, variance, c, choice.damping) for a, g in moments]
         plan = matrix_steps(
-            np.stack([d[0] for d in diagonals]), np.stack([d[1] for d in diagonals]), taps, choice.grouping
-        )
-        sizes = steps(step, total_index(plan.qp, plan.row_exponents, plan.column_exponents, taps))
+            np.stack([g.diagonal for _, g in factors]), np.stack([a.diagonal for a, _ in factors]), entry.taps,
+            choice.grouping,
+        )  # fmt: skip
+        sizes = steps(step, total_index(plan.qp, plan.row_exponents, plan.column_exponents, entry.taps))
         sizes = np.broadcast_to(sizes, weight.shape).reshape(blocks.shape)
         symbols = np.empty(blocks.shape, np.int32)
-        moments = np.zeros(4)
         distortion = 0.0
-        rounding = Rounding(choice.dead_zone, offsets)
-        for k in range(groups):
-            symbols[k], error, seen = quantize_feedback(targets[k], sizes[k], *lowers[k], rounding)
-            moments += seen
-            error = error + (blocks[k] - targets[k])
-            distortion += quadratic_form(error, stats, k)
+        for k, (a, g) in enumerate(moments):
+            target = _target(blocks[k], a, g, variance, c, choice.damping)
+            symbols[k], decoded = _quantize(target, sizes[k], *factors[k], choice.rounding)
+            distortion += quadratic_form(blocks[k] - decoded, stats.input_moment[k], stats.output_moment[k])
         has = ("r" if plan.row_exponents is not None else "") + ("c" if plan.column_exponents is not None else "")
-        entry = replace(entry, qp=plan.qp, recon_offsets=offsets, groups=has)  # type: ignore[arg-type]
+        entry = replace(entry, qp=plan.qp, recon_offsets=choice.rounding.offsets, groups=has)  # type: ignore[arg-type]
         tensor = CodedTensor(entry, symbols.reshape(weight.shape), plan.row_exponents, plan.column_exponents)
-        return tensor, distortion, _centroids(moments)
+        return tensor, distortion
+
+    @staticmethod
+    def _idle_weight(entry: CodedEntry, weight: FloatArray, c: float, step: tuple[int, int]) -> CodedTensor:
+        """A weight that calibration never reached: plain rounding at a fixed share of its own size."""
+        qp = nearest_qp(max(IDLE_STEP * float(np.mean(weight**2)) ** 0.5, 1e-30) / c)
+        sizes = np.broadcast_to(steps(step, np.array([[qp]])), weight.shape)
+        symbols, _ = quantize_feedback(weight, sizes, None, None, Rounding())
+        return CodedTensor(replace(entry, qp=qp), symbols)
 
     def _vector(self, name: str, key: str, c: float, step: tuple[int, int]) -> tuple[int, IntArray, float]:
         """One vector with one step: step index, symbols int32 (C,), predicted distortion."""
@@ -215,25 +213,45 @@ class Encoder:
         return qp, symbols, float(np.sum(sensitivity.reshape(-1) * error**2))
 
 
-def quadratic_form(error: FloatArray, stats: LayerStats, group: int) -> float:
-    """tr(G E A Eᵀ) of one group with the moments as calibration gave them; error float64 (o, n)."""
+def _live(stats: LayerStats, group: int) -> tuple[FloatArray, FloatArray]:
+    """Moments of a group; a dead group among live ones takes the mean of all."""
     a, g = stats.input_moment[group], stats.output_moment[group]
-    right = error * a if a.ndim == 1 else error @ a
-    left = error * g[:, None] if g.ndim == 1 else g @ error
-    return float(np.sum(left * right))
+    return (a, g) if a.any() and g.any() else (stats.input_moment.mean(0), stats.output_moment.mean(0))
 
 
-def _mean_diagonal(moment: FloatArray) -> float:
-    """Mean diagonal entry of a moment (n, n) or (n,), or of a stack (g, n, n), (g, n) of more rows than one."""
-    if moment.ndim == 3:
-        return float(np.mean(np.einsum("kii->ki", moment)))
-    if moment.ndim == 2 and moment.shape[0] == moment.shape[1]:
-        return float(np.trace(moment)) / len(moment)
-    return float(moment.mean())
+def _factors(a: FloatArray, g: FloatArray, variance: float, c: float, damping: Damping) -> tuple[Factor, Factor]:
+    """Factors of the regularised input and output moments."""
+    noise = noise_level(damping, c * c / 12, variance, mean_diagonal(a), mean_diagonal(g))
+    return factor(regularise(a, damping.alpha + noise)), factor(regularise(g, damping.gamma + noise))
 
 
-def _centroids(moments: FloatArray) -> tuple[int, int]:
-    """Reconstruction offsets in 1/64 step from the feedback's moments; 0 where too few entries tell."""
-    one = 1 - moments[0] / moments[1] if moments[1] >= 32 else 0.0
-    more = -moments[2] / moments[3] if moments[3] >= 32 else 0.0
-    return int(np.clip(round(64 * one), -31, 31)), int(np.clip(round(64 * more), -31, 31))
+def _target(weight: FloatArray, a: FloatArray, g: FloatArray, variance: float, c: float, damping: Damping) -> FloatArray:
+    """What is quantized: the weights, or their Wiener filtered form where that was chosen and fits in memory."""
+    if not damping.wiener or variance == 0 or not a.ndim == g.ndim == 2 or max(len(a), len(g)) > WIENER_SIDE:
+        return weight
+    return wiener(weight, regularise(a, damping.alpha), regularise(g, damping.gamma), c * c / 12 / variance)
+
+
+def _quantize(
+    target: FloatArray, sizes: FloatArray, input_factor: Factor, output_factor: Factor, rounding: Rounding
+) -> tuple[IntArray, FloatArray]:
+    """Symbols int32 (o, n) and decoded values float64 (o, n) of one group; diagonal blocks of columns are independent."""
+    lower_out = None if output_factor.lower is None else output_factor.lower[0]
+    if input_factor.lower is None or len(input_factor.lower) == 1:
+        lower_in = None if input_factor.lower is None else input_factor.lower[0]
+        symbols, error = quantize_feedback(target, sizes, lower_out, lower_in, rounding)
+        return symbols, target - error
+    width = len(input_factor.lower[0])
+    symbols, decoded = np.empty(target.shape, np.int32), np.empty(target.shape)
+    for k, lower_in in enumerate(input_factor.lower):
+        part = slice(k * width, (k + 1) * width)
+        columns = np.ascontiguousarray(target[:, part])
+        symbols[:, part], error = quantize_feedback(columns, sizes[:, part], lower_out, lower_in, rounding)
+        decoded[:, part] = columns - error
+    return symbols, decoded
+
+
+def _mean_level(stats: LayerStats) -> float:
+    """Mean sensitivity of a layer's entries."""
+    pairs = zip(stats.input_moment, stats.output_moment, strict=True)
+    return float(np.mean([mean_diagonal(a) * mean_diagonal(g) for a, g in pairs]))

@@ -235,7 +235,8 @@ class Plan:
 class LayerStats:
     """Calibration statistics of one weight (design: D ≈ tr(G ΔW A ΔWᵀ) over groups, already in units of `metric`).
 
-    `input_moment` float64 (g, n, n), mean over samples and positions of x xᵀ; or (g, n) where only the diagonal is kept.
+    `input_moment` float64 (g, n, n), mean over samples and positions of x xᵀ; (g, b, m, m) where only b diagonal blocks
+    of side m = n / b are kept; or (g, n) where only the diagonal is.
     `output_moment` float64 (g, o, o), *scaled* so that the predicted distortion of an error E of group k is
     tr(output_moment[k] E input_moment[k] Eᵀ); or (g, o) diagonal.
     `samples`: how many samples the moments saw. `gradient_energy`: E‖∇W‖² per sample, with its relative standard error."""

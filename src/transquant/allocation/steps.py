@@ -21,7 +21,7 @@ from transquant.records import FloatArray, IntArray
 class Grouping:
     """Which exponents a matrix sends, and how far they follow the sensitivities (0 not at all, 1 all the way)."""
 
-    groups: Literal["", "r", "c", "rc"] = ""
+    groups: Literal["", "r", "c", "rc"] = "rc"
     spread: float = 0.5
 
 

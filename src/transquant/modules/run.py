@@ -16,12 +16,14 @@ Output = Callable[[Any], Tensor]
 SMALL_INPUT = 3 * 64 * 64  # values a sample up to which 32 samples make a micro-batch; above, 8
 
 
-def run_batch(model: nn.Module, batch: Any, forward: Forward | None = None, output: Output | None = None) -> Tensor:
+def run_batch(
+    model: nn.Module, batch: Any, forward: Forward | None = None, output: Output | None = None, finite: bool = True
+) -> Tensor:
     """The output that counts, for one batch: a floating tensor (N, ...).
 
     A tensor, or the first element of a tuple or list, is the input; a mapping gives keyword inputs (without "labels").
     `forward(model, batch)` and `output(result)` override. Raises InputError where the model refuses the batch or gives
-    no finite floating tensor."""
+    no floating tensor, or, with `finite`, one with NaN or infinite values."""
     try:
         if forward is not None:
             result = forward(model, _moved(batch, model))
@@ -40,7 +42,7 @@ def run_batch(model: nn.Module, batch: Any, forward: Forward | None = None, outp
             f"the model returned {type(result).__name__} with no floating tensor of samples in it; "
             "pass output= to say which tensor counts"
         )
-    if not bool(torch.isfinite(tensor.detach()).all()):
+    if finite and not bool(torch.isfinite(tensor.detach()).all()):
         raise InputError("the model's output has NaN or infinite values on a calibration batch")
     return tensor
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +46,9 @@ def plan_model(model: nn.Module) -> Plan:
                 tensor = getattr(module, name)
                 first_names[_identity(tensor)] = f"{owner}.{name}" if owner else name
                 total += tensor.numel() * tensor.element_size()
-            total += 0 if module.num_batches_tracked is None else 8
+            if module.num_batches_tracked is not None:
+                first_names[_identity(module.num_batches_tracked)] = f"{owner}.num_batches_tracked".removeprefix(".")
+                total += 8
             batchnorms.add(owner)
             specs.append(_batchnorm(owner, module))
             continue
@@ -143,8 +144,3 @@ def _identity(tensor: Tensor) -> object:
     if tensor.numel() == 0:
         return object()
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-
-
-def num_values(shape: tuple[int, ...]) -> int:
-    """Elements of a shape."""
-    return prod(shape)

@@ -39,19 +39,17 @@ def quantize_feedback(
     output_factor: FloatArray | None,
     input_factor: FloatArray | None,
     rounding: Rounding,
-) -> tuple[IntArray, FloatArray, FloatArray]:
+) -> tuple[IntArray, FloatArray]:
     """Quantize one matrix with two-sided feedback.
 
     `weight` and `step_size` float64 (O, n); `output_factor` L_g (O, O) and `input_factor` L_a (n, n) unit lower
-    triangular, None for the identity. Returns the symbols int32 (O, n), the error W − Ŵ float64 (O, n), and the sums of
-    |u|/step over magnitudes 1 and above with their counts, float64 (4,): what the reconstruction offsets are made of."""
+    triangular, None for the identity. Returns the symbols int32 (O, n) and the error W − Ŵ float64 (O, n)."""
     rows, columns = weight.shape
     symbols = np.zeros((rows, columns), np.int32)
     error = np.zeros((rows, columns))
-    moments = np.zeros(4)
     if output_factor is None and input_factor is None:
-        _round(weight, step_size, rounding.dead_zone, *_shrink(rounding), symbols, error, moments)
-        return symbols, error, moments
+        _round(weight, step_size, rounding.dead_zone, *_shrink(rounding), symbols, error)
+        return symbols, error
     left = torch.eye(rows, dtype=torch.float64) if output_factor is None else torch.from_numpy(output_factor)
     right = torch.eye(columns, dtype=torch.float64) if input_factor is None else torch.from_numpy(input_factor)
     carried = torch.zeros(rows, columns, dtype=torch.float64)  # L_gᵀ E of the finished columns
@@ -71,13 +69,13 @@ def quantize_feedback(
                 target.numpy(), np.ascontiguousarray(weight[top:bottom, begin:stop]),
                 np.ascontiguousarray(step_size[top:bottom, begin:stop]),
                 left[top:bottom, top:bottom].contiguous().numpy(), inside.numpy(),
-                rounding.dead_zone, *_shrink(rounding), moments,
+                rounding.dead_zone, *_shrink(rounding),
             )  # fmt: skip
             symbols[top:bottom, begin:stop], strip[top:bottom] = done[0], torch.from_numpy(done[1])
         error[:, begin:stop] = strip.numpy()
         if begin:
             carried[:, begin:stop] = left.T @ strip
-    return symbols, error, moments
+    return symbols, error
 
 
 def _shrink(rounding: Rounding) -> tuple[float, float]:
@@ -99,30 +97,18 @@ def _value(symbol, shrink_one, shrink_more):  # type: ignore[no-untyped-def]
     return -value if symbol < 0 else value
 
 
-@nb.njit(cache=True, nogil=True, inline="always")
-def _note(moments, symbol, scaled):  # type: ignore[no-untyped-def]
-    size = abs(symbol)
-    if size == 1:
-        moments[0] += abs(scaled)
-        moments[1] += 1
-    elif size > 1:
-        moments[2] += abs(scaled) - size
-        moments[3] += 1
-
-
 @nb.njit(cache=True, nogil=True)
-def _round(weight, step_size, dead_zone, shrink_one, shrink_more, symbols, error, moments):  # type: ignore[no-untyped-def]
+def _round(weight, step_size, dead_zone, shrink_one, shrink_more, symbols, error):  # type: ignore[no-untyped-def]
     for i in range(weight.shape[0]):
         for j in range(weight.shape[1]):
             scaled = weight[i, j] / step_size[i, j]
             symbol = _nearest(scaled, dead_zone)
-            _note(moments, symbol, scaled)
             symbols[i, j] = symbol
             error[i, j] = weight[i, j] - _value(symbol, shrink_one, shrink_more) * step_size[i, j]
 
 
 @nb.njit(cache=True, nogil=True)
-def _feedback_block(target, weight, step_size, left, right, dead_zone, shrink_one, shrink_more, moments):  # type: ignore[no-untyped-def]
+def _feedback_block(target, weight, step_size, left, right, dead_zone, shrink_one, shrink_more):  # type: ignore[no-untyped-def]
     """One block: `target` is W plus what the blocks already done ask for. Returns symbols and errors of the block."""
     rows, columns = target.shape
     symbols = np.zeros((rows, columns), np.int32)
@@ -142,7 +128,6 @@ def _feedback_block(target, weight, step_size, left, right, dead_zone, shrink_on
             step = step_size[i, j]
             scaled = u[i] / step
             symbol = _nearest(scaled, dead_zone)
-            _note(moments, symbol, scaled)
             symbols[i, j] = symbol
             e = weight[i, j] - _value(symbol, shrink_one, shrink_more) * step
             error[i, j] = e

@@ -31,14 +31,12 @@ class Damping:
 
 
 @dataclass(frozen=True, slots=True)
-class Factors:
-    """LDLᵀ of both regularised moments of one group: unit lower triangular factors (None: identity) and the diagonals,
-    float64 (o,) and (n,)."""
+class Factor:
+    """LDLᵀ of a regularised moment of side n: `lower` unit lower triangular, one (m, m) for each diagonal block, None for a
+    moment that is diagonal; `diagonal` float64 (n,)."""
 
-    output_factor: FloatArray | None
-    output_diagonal: FloatArray
-    input_factor: FloatArray | None
-    input_diagonal: FloatArray
+    lower: tuple[FloatArray, ...] | None
+    diagonal: FloatArray
 
 
 def noise_level(damping: Damping, water_level: float, variance: float, mean_in: float, mean_out: float) -> float:
@@ -49,28 +47,43 @@ def noise_level(damping: Damping, water_level: float, variance: float, mean_in: 
     return float(np.sqrt(1 + damping.noise * water_level / scale) - 1)
 
 
+def mean_diagonal(moment: FloatArray) -> float:
+    """Mean diagonal entry of a moment (n,), (n, n) or (b, m, m)."""
+    return float(moment.mean() if moment.ndim == 1 else np.einsum("...ii->...i", moment).mean())
+
+
 def regularise(moment: FloatArray, amount: float) -> FloatArray:
-    """moment + amount · (mean diagonal) · I; moment (n, n), or (n,) where only the diagonal is kept."""
-    if moment.ndim == 1:
-        return moment + amount * moment.mean()
-    damped = moment.copy()
-    damped.flat[:: len(damped) + 1] += amount * np.trace(moment) / len(moment)
-    return damped
+    """moment + amount · (mean diagonal) · I; moment (n,), (n, n) or (b, m, m)."""
+    extra = amount * mean_diagonal(moment)
+    return moment + extra if moment.ndim == 1 else moment + extra * np.eye(moment.shape[-1])
 
 
-def factor(moment: FloatArray) -> tuple[FloatArray | None, FloatArray]:
-    """LDLᵀ: the unit lower triangular factor (None for a diagonal moment) and the diagonal.
+def factor(moment: FloatArray) -> Factor:
+    """LDLᵀ of a moment (n,), (n, n) or (b, m, m).
 
     A moment that is not positive definite in float64 gets more damping, a factor of ten at a time."""
     if moment.ndim == 1:
-        return None, np.maximum(moment, moment.mean() * 1e-12 + 1e-300)
+        return Factor(None, np.maximum(moment, moment.mean() * 1e-12 + 1e-300))
     extra = 0.0
     while True:
-        lower, failed = torch.linalg.cholesky_ex(torch.from_numpy(regularise(moment, extra) if extra else moment))
-        diagonal = torch.diagonal(lower)
-        if not failed and bool((diagonal > 0).all()) and bool(torch.isfinite(diagonal).all()):
-            return (lower / diagonal).contiguous().numpy(), (diagonal**2).numpy()
+        damped = torch.from_numpy(regularise(moment, extra) if extra else moment)
+        lower, failed = torch.linalg.cholesky_ex(damped.reshape(-1, *moment.shape[-2:]))
+        diagonal = torch.diagonal(lower, dim1=1, dim2=2)
+        if not bool(failed.any()) and bool((diagonal > 0).all()) and bool(torch.isfinite(diagonal).all()):
+            unit = (lower / diagonal[:, None, :]).numpy()
+            return Factor(tuple(np.ascontiguousarray(u) for u in unit), (diagonal**2).reshape(-1).numpy())
         extra = max(10 * extra, 1e-8)
+
+
+def quadratic_form(error: FloatArray, input_moment: FloatArray, output_moment: FloatArray) -> float:
+    """tr(G E A Eᵀ); error (o, n), A (n,), (n, n) or (b, m, m), G (o,) or (o, o)."""
+    if input_moment.ndim == 3:
+        parts = error.reshape(len(error), len(input_moment), -1).transpose(1, 0, 2) @ input_moment
+        right = parts.transpose(1, 0, 2).reshape(error.shape)
+    else:
+        right = error * input_moment if input_moment.ndim == 1 else error @ input_moment
+    left = error * output_moment[:, None] if output_moment.ndim == 1 else output_moment @ error
+    return float(np.sum(left * right))
 
 
 def wiener(weight: FloatArray, input_moment: FloatArray, output_moment: FloatArray, tau: float) -> FloatArray:

@@ -1,0 +1,223 @@
+"""Streams calibration batches through copies of the model and sums up what they say.
+
+Partial sums of a micro-batch are added in the order of the micro-batches, so the result depends neither on the number
+of threads nor on how the user cut the batches. The model itself is never touched: copies run in its place.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from transquant.errors import InputError
+from transquant.records import BatchNormSpec, FloatArray, LayerStats, Plan, Statistics, VectorSpec, WeightSpec
+from transquant.stats.metric import direction, resolve, unit
+from transquant.stats.moments import LayerMoments, Shape, moment_shapes
+from transquant.workers import Workers
+
+Run = Callable[[nn.Module, Any], Tensor]
+Progress = Callable[[int, int], None]
+
+MAX_SIDE = 8192
+MEMORY_LIMIT = 6 << 30
+
+
+@dataclass(slots=True)
+class _Partial:
+    """Sums over one micro-batch (or, added up, over all): float64 tensors by weight name, squared gradients by key."""
+
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+    positions: dict[str, int]
+    energies: dict[str, list[float]]
+    vectors: dict[str, Tensor]
+    samples: int
+    unit: float
+
+    def add(self, other: _Partial) -> None:
+        for mine, theirs in ((self.inputs, other.inputs), (self.outputs, other.outputs), (self.vectors, other.vectors)):
+            for name, value in theirs.items():
+                if name in mine:
+                    mine[name] += value
+                else:
+                    mine[name] = value
+        for name, count in other.positions.items():
+            self.positions[name] = self.positions.get(name, 0) + count
+        for name, values in other.energies.items():
+            self.energies.setdefault(name, []).extend(values)
+        self.unit = (self.unit * self.samples + other.unit * other.samples) / (self.samples + other.samples)
+        self.samples += other.samples
+
+
+def collect(
+    model: nn.Module,
+    batches: Sequence[Any],
+    plan: Plan,
+    run: Run,
+    pool: Workers,
+    metric: str = "auto",
+    seed: int = 0,
+    max_side: int = MAX_SIDE,
+    memory_limit: int = MEMORY_LIMIT,
+    progress: Progress | None = None,
+) -> Statistics:
+    """Statistics of all weights and vectors of the plan.
+
+    `batches` are fixed micro-batches (`modules.micro_batches`), `run(model, batch)` gives the output (N, ...). One random
+    direction a sample, one forward and one backward pass. The scale of each layer's G ⊗ A is that of E‖∇W‖².
+    Raises InputError for a model that cannot be copied or run, and for NaN or infinite activations."""
+    collectors = [_Collector(copy_model(model), plan, run, max_side, memory_limit) for _ in range(pool.count)]
+    with torch.no_grad():
+        metric = resolve(metric, run(collectors[0].model, batches[0]))
+    total: _Partial | None = None
+    for first in range(0, len(batches), pool.count):
+        chunk = list(enumerate(batches[first : first + pool.count], first))
+        jobs = zip(collectors, chunk, strict=False)
+        for partial in pool.map(lambda job: job[0].partial(*job[1], metric, seed), jobs):
+            if total is None:
+                total = partial
+            else:
+                total.add(partial)
+        if progress:
+            progress(min(first + pool.count, len(batches)), len(batches))
+    assert total is not None
+    weights = [s for s in plan.specs if isinstance(s, WeightSpec)]
+    layers = {s.name: _layer_stats(s, total, collectors[0].shapes[s.name]) for s in weights}
+    vectors = {key: (value / total.samples * total.unit).numpy() for key, value in total.vectors.items()}
+    return Statistics(layers, vectors, metric, total.samples)
+
+
+def weight_statistics(plan: Plan, values: Mapping[str, FloatArray]) -> Statistics:
+    """Statistics without calibration: the distortion is Σ ‖ΔW‖² / ‖W‖², each tensor weighted by its share of the values,
+    the mean relative error of the weights. `values` as from `modules.gather`."""
+    total = sum(v.size for v in values.values())
+    layers: dict[str, LayerStats] = {}
+    vectors: dict[str, FloatArray] = {}
+    for spec in plan.specs:
+        if isinstance(spec, WeightSpec):
+            weight = values[spec.name]
+            rows, columns = weight.shape
+            level = _relative(weight, total)
+            layers[spec.name] = LayerStats(np.ones((1, columns)), np.full((1, rows), level), 0, 0.0, 0.0)
+        elif isinstance(spec, VectorSpec):
+            vectors[spec.name] = np.full(spec.shape, _relative(values[spec.name], total))
+        elif isinstance(spec, BatchNormSpec):
+            for part, attribute in (("scale", "weight"), ("shift", "bias")):
+                vector = values[f"{spec.name}.{part}"]
+                vectors[spec.key(attribute)] = np.full(vector.shape, _relative(vector, total))
+    return Statistics(layers, vectors, "weights", 0)
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A deep copy in eval mode whose floating parameters take gradients. Raises InputError where it cannot be copied."""
+    try:
+        twin = copy.deepcopy(model)
+    except Exception as error:
+        raise InputError(f"the model cannot be copied ({error}); transquant works on a copy, never on your model") from error
+    twin.eval()
+    for parameter in twin.parameters():
+        parameter.grad = None
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    return twin
+
+
+class _Collector:
+    """One copy of the model with its hooks."""
+
+    def __init__(self, model: nn.Module, plan: Plan, run: Run, max_side: int, memory_limit: int) -> None:
+        self.model, self.run = model, run
+        modules = dict(model.named_modules(remove_duplicate=False))
+        specs = [s for s in plan.specs if isinstance(s, WeightSpec)]
+        self.shapes = moment_shapes(specs, max_side, memory_limit)
+        self.layers = [LayerMoments(s, modules[s.module or ""], self.shapes[s.name]) for s in specs]
+        self.vectors = [s for s in plan.specs if isinstance(s, VectorSpec)]
+        self.batchnorms = [(s, modules[s.name]) for s in plan.specs if isinstance(s, BatchNormSpec)]
+        self.parameters = dict(model.named_parameters(remove_duplicate=False))
+
+    def partial(self, index: int, batch: Any, metric: str, seed: int) -> _Partial:
+        """Forward, one random direction, backward; sums over the batch."""
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % (1 << 63))
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        handles = []
+        try:
+            for layer in self.layers:
+                layer.reset(index)
+                handles.append(layer.attach())
+            with torch.enable_grad():
+                output = self.run(self.model, batch)
+                resolve(metric, output)
+                direction(output, metric, generator).backward()  # type: ignore[no-untyped-call]
+        finally:
+            for handle in handles:
+                handle.remove()
+        samples = len(output)
+        seen = [layer for layer in self.layers if layer.input is not None and layer.output is not None]
+        return _Partial(
+            {l.spec.name: l.input.cpu() for l in seen if l.input is not None},
+            {l.spec.name: l.output.cpu() for l in seen if l.output is not None},
+            {l.spec.name: l.positions for l in seen},
+            {l.spec.name: [self._energy(l.spec.name) / samples] for l in seen},
+            self._vector_gradients(),
+            samples,
+            unit(output, metric),
+        )
+
+    def _energy(self, name: str) -> float:
+        """‖∇W‖² of the batch; the samples' directions are independent, so its mean is the sum of theirs."""
+        gradient = self.parameters[name].grad
+        return 0.0 if gradient is None else float(gradient.double().square().sum())
+
+    def _vector_gradients(self) -> dict[str, Tensor]:
+        squares: dict[str, Tensor] = {}
+        for spec in self.vectors:
+            gradient = self.parameters[spec.name].grad
+            if gradient is not None:
+                squares[spec.name] = gradient.double().square().cpu()
+        for norm, module in self.batchnorms:
+            scale, shift = self.parameters[norm.key("weight")].grad, self.parameters[norm.key("bias")].grad
+            if scale is None or shift is None:
+                continue
+            # y = s·x + t with x = x̂·√(σ²+eps) + μ: dL/ds = dL/dγ·√(σ²+eps) + μ·dL/dβ
+            deviation = (module.running_var.double() + norm.eps).sqrt()  # type: ignore[operator,union-attr]
+            by_scale = scale.double() * deviation + module.running_mean.double() * shift.double()  # type: ignore[operator,union-attr]
+            squares[norm.key("weight")] = by_scale.square().cpu()
+            squares[norm.key("bias")] = shift.double().square().cpu()
+        return squares
+
+
+def _layer_stats(spec: WeightSpec, total: _Partial, shape: Shape) -> LayerStats:
+    if spec.name not in total.inputs:  # never reached
+        return LayerStats(np.zeros((shape.groups, shape.columns)), np.zeros((shape.groups, shape.rows)), 0, 0.0, 0.0)
+    input_moment = (total.inputs[spec.name] / max(total.positions[spec.name], 1)).numpy()
+    output_moment = (total.outputs[spec.name] / total.samples).numpy()
+    energies = np.array(total.energies[spec.name])
+    energy = float(energies.mean())
+    error = float(energies.std(ddof=1) / len(energies) ** 0.5 / energy) if len(energies) > 1 and energy > 0 else 0.0
+    traces = float((_traces(input_moment, shape.blocks > 0) * _traces(output_moment, _is_full(output_moment))).sum())
+    scale = energy / traces * total.unit if traces > 0 else 0.0
+    return LayerStats(input_moment, output_moment * scale, total.samples, energy, error)
+
+
+def _is_full(moment: FloatArray) -> bool:
+    return moment.ndim == 3
+
+
+def _traces(moment: FloatArray, full: bool) -> FloatArray:
+    """Trace of each group's moment, float64 (g,)."""
+    diagonal = np.einsum("...ii->...i", moment) if full else moment
+    traces: FloatArray = diagonal.reshape(len(moment), -1).sum(1)
+    return traces
+
+
+def _relative(array: FloatArray, total: int) -> float:
+    """Sensitivity of a tensor for the mean relative error: its share of the values over its energy."""
+    energy = float(np.sum(array**2))
+    return array.size / total / energy if energy > 0 else 0.0

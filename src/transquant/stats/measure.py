@@ -1,0 +1,47 @@
+"""The measured distortion: outputs of the float model on held-back samples, and how far another set of weights is off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transquant.stats.collect import copy_model
+from transquant.stats.metric import distance
+from transquant.workers import Workers
+
+Run = Callable[[nn.Module, Any], Tensor]
+
+
+class Reference:
+    """Float outputs on some micro-batches, and copies of the model to try other weights on."""
+
+    def __init__(self, model: nn.Module, batches: Sequence[Any], run: Run, pool: Workers, metric: str) -> None:
+        self.batches, self.run, self.pool, self.metric = list(batches), run, pool, metric
+        self._models = [copy_model(model) for _ in range(pool.count)]
+        self._outputs = self._all_outputs()
+
+    def distortion(self, state: Mapping[str, Tensor]) -> float:
+        """Mean distance of the outputs with these weights (keys that are left out keep the float model's), in units of
+        the metric. Not finite outputs count as infinitely far."""
+        for model in self._models:
+            model.load_state_dict(dict(state), strict=False)
+        total, count = 0.0, 0
+        for reference, output in zip(self._outputs, self._all_outputs(), strict=True):
+            part, number = distance(reference, output, self.metric)
+            total, count = total + part, count + number
+        mean = total / max(count, 1)
+        return mean if mean == mean else float("inf")
+
+    def _all_outputs(self) -> list[Tensor]:
+        outputs: list[Tensor] = []
+        for first in range(0, len(self.batches), len(self._models)):
+            jobs = zip(self._models, self.batches[first : first + len(self._models)], strict=False)
+            outputs += self.pool.map(self._output, jobs)
+        return outputs
+
+    def _output(self, job: tuple[nn.Module, Any]) -> Tensor:
+        with torch.no_grad():
+            return self.run(*job).float().cpu()
