@@ -9,7 +9,7 @@ decoder as an argument, so the numpy reader and the compiled one share everythin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -75,11 +75,8 @@ def encode(
         planes = [plane for entry in group for plane in _planes(coded[entry.name])]
         data, bits = encode_planes(planes, lanes)
         sections.append(Section("s", len(group), lanes, data))
-        rest = iter(zip(shapes, bits, strict=True))
-        for entry in group:
-            own = [next(rest) for _ in plane_shapes(entry)]
-            symbol_bits[entry.name] = sum(b for shape, b in own if shape[2] != SIDE)
-            exponent_bits[entry.name] = sum(b for shape, b in own if shape[2] == SIDE)
+        for name, of_symbols, of_exponents in split_bits(group, bits):
+            symbol_bits[name], exponent_bits[name] = of_symbols, of_exponents
     section_bytes = sum(len(s.data) for s in sections)
     raw_entries = [e for e in entries if isinstance(e, RawEntry)]
     packed = pack_raw([raw[e.name] for e in raw_entries]) if raw_entries else b""
@@ -239,3 +236,28 @@ def _raw_values(data: bytes, entry: RawEntry) -> NDArray[np.generic]:
 def decoded_aliases(container: Container) -> dict[str, str]:
     """Aliases of the file: name → name of the tensor it equals."""
     return {e.name: e.of for e in container.entries if isinstance(e, AliasEntry)}
+
+
+def dtypes(container: Container) -> dict[str, str]:
+    """The dtype of every state-dict key."""
+    result: dict[str, str] = {}
+    for entry in container.entries:
+        if isinstance(entry, AliasEntry):
+            result[entry.name] = result[entry.of]
+        elif isinstance(entry, BatchNormEntry):
+            result |= {entry.key(k): entry.dtype for k in ("weight", "bias", "running_mean", "running_var")}
+            if entry.batches_tracked is not None:
+                result[entry.key("num_batches_tracked")] = "int64"
+        else:
+            result[entry.name] = entry.dtype
+    return result
+
+
+def split_bits(
+    group: Sequence[CodedEntry | BatchNormEntry], bits: Sequence[float]
+) -> Iterator[tuple[str, float, float]]:
+    """(name, bits of symbols, bits of step exponents) of a section's entries, from its planes' bits."""
+    rest = iter(bits)
+    for entry in group:
+        own = [(shape[2], next(rest)) for shape in plane_shapes(entry)]
+        yield entry.name, sum(b for kind, b in own if kind != SIDE), sum(b for kind, b in own if kind == SIDE)

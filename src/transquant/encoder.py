@@ -12,7 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from transquant.accounting import distortion_metadata
 from transquant.allocation.steps import Grouping, first_guess, matrix_steps, vector_qp
 from transquant.bitstream import EncodedFile, encode, values
 from transquant.entropy.lanes import encode_planes
@@ -97,10 +100,11 @@ class Draft:
         """Sum of the layers' predicted distortions, units of the metric."""
         return float(sum(self.distortions.values()))
 
-    def state(self) -> dict[str, np.ndarray]:
-        """Decoded tensors by key, as a reader would give them, raw ones left out."""
+    def state(self) -> dict[str, Tensor]:
+        """Decoded tensors by key, as a reader would give them, exact ones and aliases left out."""
         entries = tuple(e for e in self.entries if not isinstance(e, RawEntry | AliasEntry))
-        return dict(values(Container(self.step, entries, ()), self.coded))
+        arrays = values(Container(self.step, entries, ()), self.coded)
+        return {k: torch.from_numpy(np.array(v)) for k, v in arrays.items()}
 
 
 class Encoder:
@@ -146,8 +150,9 @@ class Encoder:
                 entries.append(AliasEntry(spec.name, spec.of))
         return Draft(c, step, tuple(entries), coded, distortions)
 
-    def encode(self, draft: Draft, metadata: Mapping[str, str] | None = None) -> EncodedFile:
-        """The file of a draft."""
+    def encode(self, draft: Draft) -> EncodedFile:
+        """The file of a draft, with what `inspect` tells of its distortion in the metadata."""
+        metadata = distortion_metadata(self.stats.metric, draft.distortions)
         return encode(draft.step, draft.entries, draft.coded, self.source.raw, encode_planes, metadata)
 
     def first_guess(self, target_bytes: float) -> float:

@@ -302,3 +302,14 @@ class Report:
     def compression_ratio(self) -> float:
         """Original bytes / file bytes."""
         return self.original_bytes / self.file_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        from transquant.report import report_dict
+
+        return report_dict(self)
+
+    def __str__(self) -> str:
+        from transquant.report import format_report
+
+        return format_report(self)

@@ -1,0 +1,123 @@
+"""Where the bits of a file went, and the report of it. Every number in bytes comes from the file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import log2, prod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from transquant import grid
+from transquant.bitstream import EncodedFile, split_bits
+from transquant.container import header_bytes
+from transquant.container.dtypes import DTYPES
+from transquant.records import (
+    BatchNormEntry,
+    CodedEntry,
+    Container,
+    Entry,
+    LayerReport,
+    Plan,
+    RawEntry,
+    RawSpec,
+    Report,
+    Statistics,
+)
+
+if TYPE_CHECKING:
+    from transquant.encoder import Draft
+
+_FIRST, _LAST = ord("!"), ord("~")
+
+
+def distortion_metadata(metric: str, distortions: Mapping[str, float]) -> dict[str, str]:
+    """What the file itself tells of its distortion: the metric, the predicted sum, and a character a coded entry for its
+    share, 4·log2 steps below one ("!" is all of it, "~" nearly nothing)."""
+    total = sum(distortions.values())
+    shares = "".join(
+        chr(min(_FIRST + round(-4 * log2(max(d, 1e-300) / total)), _LAST)) if total > 0 else "~"
+        for d in distortions.values()
+    )
+    return {"distortion": f"{metric} {total:.3g}", "shares": shares}
+
+
+def report_of(
+    plan: Plan, stats: Statistics, draft: Draft, encoded: EncodedFile, measured: float | None, settings: Mapping[str, Any]
+) -> Report:
+    """The report of a compression that has just been done."""
+    total = max(draft.predicted, 1e-300)
+    shares = {name: d / total for name, d in draft.distortions.items()}
+    bits = {name: (b, encoded.exponent_bits[name]) for name, b in encoded.symbol_bits.items()}
+    rows = tuple(_rows(draft.entries, bits, draft.step, shares))
+    raw = tuple((s.name, s.reason) for s in plan.specs if isinstance(s, RawSpec))
+    return _report(
+        rows, encoded.data, encoded.raw_bytes, plan.original_bytes, plan.num_parameters, stats.metric,
+        draft.predicted, measured, raw, settings,
+    )  # fmt: skip
+
+
+def file_report(container: Container, data: bytes, plane_bits: Sequence[float]) -> Report:
+    """The report that a file gives of itself; `plane_bits` as decoding counted them."""
+    coded = [e for e in container.entries if isinstance(e, CodedEntry | BatchNormEntry)]
+    bits = {name: (symbols, exponents) for name, symbols, exponents in split_bits(coded, plane_bits)}
+    raw_bytes = sum(len(s.data) for s in container.sections if s.kind == "r")
+    metric, predicted = "unknown", None
+    word, _, number = container.metadata.get("distortion", "").partition(" ")
+    try:
+        metric, predicted = word or metric, float(number)
+    except ValueError:  # metadata is free text: another writer may say something else
+        pass
+    marks = container.metadata.get("shares", "")
+    shares = {e.name: 2 ** (-(ord(m) - _FIRST) / 4) for e, m in zip(coded, marks, strict=False)}
+    parameters = original = 0
+    for entry in container.entries:
+        values, size = _original(entry)
+        parameters += values
+        original += size
+    rows = tuple(_rows(container.entries, bits, container.step, shares))
+    raw = tuple((e.name, "exact") for e in container.entries if isinstance(e, RawEntry))
+    return _report(rows, data, raw_bytes, original, parameters, metric, predicted, None, raw, {})
+
+
+def _report(
+    rows: tuple[LayerReport, ...], data: bytes, raw_bytes: int, original: int, parameters: int, metric: str,
+    predicted: float | None, measured: float | None, raw: tuple[tuple[str, str], ...], settings: Mapping[str, Any],
+) -> Report:  # fmt: skip
+    payload = round(sum(r.payload_bits for r in rows if r.kind == "weight") / 8)
+    side = round(sum(r.payload_bits for r in rows if r.kind != "weight") / 8) + raw_bytes
+    header = header_bytes(data)
+    return Report(
+        file_bytes=len(data), payload_bytes=payload, side_parameter_bytes=side,
+        side_info_bytes=len(data) - header - payload - side, header_bytes=header, original_bytes=original,
+        num_parameters=parameters, metric=metric, predicted_distortion=predicted, measured_distortion=measured,
+        layers=rows, raw=raw, settings=settings,
+    )  # fmt: skip
+
+
+def _rows(
+    entries: Sequence[Entry], bits: Mapping[str, tuple[float, float]], step: tuple[int, int], shares: Mapping[str, float]
+) -> Iterator[LayerReport]:
+    for entry in entries:
+        if isinstance(entry, CodedEntry):
+            kind = "weight" if len(entry.shape) > 1 else "vector"
+            size = float(grid.steps(step, np.array([[entry.qp]]))[0, 0])
+            count, shape = prod(entry.shape), entry.shape
+        elif isinstance(entry, BatchNormEntry):
+            kind, size, count, shape = "batchnorm", None, 2 * entry.channels, (entry.channels,)
+        else:
+            continue
+        yield LayerReport(
+            entry.name, shape, kind, "identity", count, *bits[entry.name], step=size, distortion_share=shares.get(entry.name)
+        )
+
+
+def _original(entry: Entry) -> tuple[int, int]:
+    """(parameters, bytes) of the tensors an entry stands for; raw floating tensors count as parameters."""
+    if isinstance(entry, BatchNormEntry):
+        counter = 0 if entry.batches_tracked is None else 8
+        return 2 * entry.channels, 4 * entry.channels * DTYPES[entry.dtype].size + counter
+    if isinstance(entry, CodedEntry | RawEntry):
+        count = prod(entry.shape)
+        return count * ("float" in entry.dtype), count * DTYPES[entry.dtype].size
+    return 0, 0

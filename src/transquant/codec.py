@@ -1,0 +1,295 @@
+"""The whole story on one page.
+
+    compress:   plan → collect → (tune) → search on c: [metric → steps → feedback → symbols → encode] → write
+    load:       read → decode → dequantize → state dict → install
+
+One scalar c sets every step in the model (Δ = c/√sensitivity), so a target of any kind is a one-dimensional search on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from transquant import bitstream, modules
+from transquant.accounting import file_report, report_of
+from transquant.allocation.search import largest_feasible, meet_size
+from transquant.container import read_container, read_file, write_file
+from transquant.encoder import Choice, Draft, Encoder, Source
+from transquant.entropy.lanes import decode_planes
+from transquant.errors import InputError, TargetError
+from transquant.guard import unchanged
+from transquant.records import Container, IntArray, Limits, Plan, Report, Statistics, WeightSpec
+from transquant.stats import Reference, collect, weight_statistics
+from transquant.stats.metric import METRICS
+from transquant.targets import Target, parse_target
+from transquant.tuning import Tuner, choose
+from transquant.workers import Workers, workers
+
+Progress = Callable[[str, int, int], None]
+M = TypeVar("M", bound=nn.Module)
+
+HELD_BACK = 512  # samples, at most, and at most a fifth
+COARSEST = 2.0**100  # a scalar c at which every symbol is zero
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedModel:
+    """A compressed file in memory: `data` are its bytes, `report` says where they went."""
+
+    data: bytes
+    report: Report
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the file; it appears whole or not at all. Raises errors.OutputError."""
+        write_file(path, self.data)
+
+    def state_dict(self, limits: Limits | None = None) -> dict[str, Tensor]:
+        """All keys of the original state dict, decoded, in their dtypes; tied tensors share memory.
+
+        Raises errors.FileError."""
+        container = read_container(self.data, limits)
+        return _tensors(bitstream.values(container, _decode(container)[0]), container)
+
+    def install(self, model: M, mode: str = "float") -> M:
+        """Load the decoded weights into a module, strictly, and return it. Raises InputError where they do not fit."""
+        if mode != "float":
+            raise InputError(f"mode is {mode!r}, allowed is 'float'")
+        return modules.install(model, self.state_dict())
+
+
+def compress(
+    model: nn.Module | Mapping[str, Tensor] | str | PathLike[str],
+    calibration: Iterable[Any] | None = None,
+    *,
+    bits: float | None = None,
+    size: int | str | None = None,
+    ratio: float | None = None,
+    distortion: float | None = None,
+    step: float | None = None,
+    max_drop: tuple[Callable[[Any], float], float] | None = None,
+    metric: str = "auto",
+    transform: str = "auto",
+    objective: str = "bytes",
+    effort: int = 5,
+    overrides: Mapping[str, Any] | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    output: Callable[[Any], Tensor] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> CompressedModel:
+    """Compress a trained network to a file of a given size.
+
+    `model`: a module, a state dict, or a path to a .safetensors file; it is never changed. `calibration`: any iterable of
+    batches (tensor; tuple or list whose first element is the input; mapping of keyword inputs), or None: then the mean
+    relative error of the weights is the metric. Exactly one target: `bits` (8 · bytes of the file / parameters), `size`
+    (bytes, or "64KB", "64KiB"), `ratio` (bytes of the tensors / bytes of the file), `distortion` (measured, in units of the
+    metric), `step` (the scalar c; no search), or `max_drop=(evaluate, points)`, where `evaluate(model) -> float`, higher is better.
+    `metric`: "kl", "mse", "weights" or "auto". `overrides`: {name pattern: "exact"} stores matching tensors exactly.
+    `effort` 1 (no tuning) to 9; `forward(model, batch)` and `output(result)` override how a batch is run and what counts.
+    `progress(stage, done, total)` is called as work goes on.
+
+    Files are at most the asked size and at most 1 % (or 64 bytes) smaller. The same input, options and seed give the same
+    file, whatever the number of threads. Raises InputError, TargetError.
+    """
+    _check_options(metric, transform, objective, effort)
+    say = progress or (lambda stage, done, total: None)
+    given = dict(bits=bits, size=size, ratio=ratio, distortion=distortion, step=step, max_drop=max_drop)
+    module, state, plan = _open(model, overrides)
+    target = parse_target(plan, given)
+    if module is None and (calibration is not None or target.kind == "drop"):
+        raise InputError("calibration and max_drop need the model itself; a state dict or file can be compressed without them")
+    if calibration is None and metric in ("kl", "mse"):
+        raise InputError(f"metric {metric!r} needs calibration data; without it the metric is 'weights'")
+
+    with unchanged(module), workers() as pool:
+        source = Source(*modules.gather(plan, state))
+        stats, reference = _calibrate(module, calibration, plan, source, metric, forward, output, seed, pool, say)
+        search = _Search(Encoder(plan, source, stats, pool), reference, module, target, effort, say)
+        draft, choice = search.run()
+        measured = reference.distortion(draft.state()) if reference else None
+        encoded = search.encode(draft)
+    settings = {"target": {k: v for k, v in given.items() if v is not None and k != "max_drop"}, "seed": seed, "effort": effort,
+                "choice": choice, "c": draft.c, "samples": stats.samples}  # fmt: skip
+    report = report_of(plan, stats, draft, encoded, measured, settings)
+    return CompressedModel(encoded.data, report)
+
+
+def load(path: str | PathLike[str], limits: Limits | None = None) -> CompressedModel:
+    """Read a compressed file and check it whole: read → decode → dequantize, the mirror of compress.
+
+    Raises InputError where it cannot be read, errors.FileError where it is bad."""
+    data = read_file(path, limits)
+    container = read_container(data, limits)
+    coded, bits = _decode(container)
+    bitstream.values(container, coded)
+    return CompressedModel(data, file_report(container, data, bits))
+
+
+def _decode(container: Container) -> tuple[dict[str, bitstream.Coded], list[float]]:
+    """Symbols of all coded entries, and the information content of all planes in file order."""
+    bits: list[float] = []
+
+    def decoder(data: bytes, shapes: Sequence[bitstream.PlaneShape], lanes: int) -> list[IntArray]:
+        planes, own = decode_planes(data, shapes, lanes)
+        bits.extend(own)
+        return planes
+
+    return bitstream.decode(container, decoder), bits
+
+
+def _tensors(arrays: Mapping[str, np.ndarray], container: Container) -> dict[str, Tensor]:
+    """Torch tensors in the file's dtypes; aliases share memory."""
+    dtypes, aliases = bitstream.dtypes(container), bitstream.decoded_aliases(container)
+    tensors: dict[str, Tensor] = {}
+    for key, array in arrays.items():
+        if key in aliases:
+            tensors[key] = tensors[aliases[key]]
+        else:
+            tensor = torch.from_numpy(np.array(array, order="C"))
+            tensors[key] = tensor.reshape(array.shape).to(getattr(torch, dtypes[key]))
+    return tensors
+
+
+def _check_options(metric: str, transform: str, objective: str, effort: int) -> None:
+    if metric not in ("auto", *METRICS):
+        raise InputError(f"metric is {metric!r}, allowed are 'auto', {', '.join(map(repr, METRICS))}")
+    if transform not in ("auto", "identity"):
+        raise InputError(f"transform is {transform!r}, allowed are 'auto' and 'identity'")
+    if objective != "bytes":
+        raise InputError(f"objective is {objective!r}, allowed is 'bytes'")
+    if isinstance(effort, bool) or not isinstance(effort, int) or not 1 <= effort <= 9:
+        raise InputError(f"effort is {effort!r}, allowed are integers 1 to 9")
+
+
+def _open(
+    model: Any, overrides: Mapping[str, Any] | None
+) -> tuple[nn.Module | None, Mapping[str, Tensor], Plan]:
+    """(module or None, state dict, plan) of what the caller gave."""
+    if isinstance(model, str | PathLike):
+        from transquant.modules.files import load_safetensors
+
+        model = load_safetensors(model)
+    if isinstance(model, Mapping):
+        return None, model, modules.apply_overrides(modules.plan_state_dict(model), overrides)
+    plan = modules.plan_model(model)
+    return model, model.state_dict(), modules.apply_overrides(plan, overrides)
+
+
+def _calibrate(
+    module: nn.Module | None, calibration: Iterable[Any] | None, plan: Plan, source: Source, metric: str,
+    forward: Any, output: Any, seed: int, pool: Workers, say: Progress,
+) -> tuple[Statistics, Reference | None]:  # fmt: skip
+    """Statistics from most of the samples, a reference on the others; every sample is run once for each."""
+    if calibration is None or module is None or metric == "weights":
+        return weight_statistics(plan, source.values), None
+    batches = list(modules.micro_batches(modules.batches_of(calibration)))
+    sizes = [modules.num_samples(b) for b in batches]
+    stride = max(5, -(-sum(sizes) // HELD_BACK))
+    held = batches[stride - 1 :: stride] if len(batches) >= stride else batches[-1:]
+    used = [b for k, b in enumerate(batches) if k % stride != stride - 1] if len(batches) >= stride else batches[:-1] or batches
+
+    def run(model: nn.Module, batch: Any) -> Tensor:
+        return modules.run_batch(model, batch, forward, output)
+
+    def run_any(model: nn.Module, batch: Any) -> Tensor:
+        return modules.run_batch(model, batch, forward, output, finite=False)
+
+    stats = collect(module, used, plan, run, pool, metric, seed, progress=lambda done, total: say("statistics", done, total))
+    return stats, Reference(module, held, run_any, pool, stats.metric)
+
+
+class _Search:
+    """From a target to a draft: the best choice first, then the scalar c."""
+
+    def __init__(
+        self, encoder: Encoder, reference: Reference | None, module: nn.Module | None, target: Target, effort: int, say: Progress
+    ) -> None:
+        self.encoder, self.reference, self.module, self.target, self.say = encoder, reference, module, target, say
+        self.effort = effort
+        weights = [encoder.source.values[s.name] for s in encoder.plan.specs if isinstance(s, WeightSpec)]
+        self.num_values = sum(w.size for w in weights)
+        self.work = float(sum(w.size * sum(w.shape) for w in weights))
+
+    def run(self) -> tuple[Draft, Choice]:
+        """The final draft and what was chosen for it."""
+        choice = Choice()
+        if self.target.kind == "step":
+            return self.encoder.draft(self.target.value, choice), choice
+        if self.target.kind == "bytes":
+            start = self._start(self.target.value)
+            choice, start = self._tuned(choice, self.target.value, start)
+            return self._meet_bytes(choice, start), choice
+        draft = self._meet_quality(choice, self.encoder.first_guess(self.num_values / 4))
+        choice, start = self._tuned(choice, self.size(draft), draft.c)
+        return self._meet_quality(choice, start), choice
+
+    def encode(self, draft: Draft) -> bitstream.EncodedFile:
+        """The draft's file, with each tensor's share of the distortion in its metadata."""
+        return self.encoder.encode(draft)
+
+    def size(self, draft: Draft) -> int:
+        """Bytes of a draft's file."""
+        return len(self.encode(draft).data)
+
+    def _start(self, target_bytes: float) -> float:
+        """A first c; raises TargetError if even the coarsest file is larger than asked."""
+        smallest = self.size(self.encoder.draft(COARSEST, Choice()))
+        if smallest > target_bytes:
+            raise TargetError(f"a file of {target_bytes:.0f} bytes cannot be reached: the smallest takes {smallest} bytes")
+        return self.encoder.first_guess(max(target_bytes - smallest, 1))
+
+    def _tuned(self, choice: Choice, target_bytes: float, start: float) -> tuple[Choice, float]:
+        if self.reference is None or self.effort < 3:
+            return choice, start
+        tuner = Tuner(self.encoder.draft, self.size, self._distortion, target_bytes, self.num_values)
+        return choose(tuner, start, self.work, lambda done, total: self.say("tuning", done, total))
+
+    def _distortion(self, draft: Draft) -> float:
+        return self.reference.distortion(draft.state()) if self.reference else draft.predicted
+
+    def _meet_bytes(self, choice: Choice, start: float) -> Draft:
+        drafts: dict[float, Draft] = {}
+
+        def size_of(c: float) -> float:
+            drafts[c] = self.encoder.draft(c, choice)
+            self.say("search", len(drafts), 0)
+            return self.size(drafts[c])
+
+        found = meet_size(size_of, self.target.value, 0.4 * self.target.slack, start, self.num_values / 10)
+        if not found.feasible:
+            raise TargetError(
+                f"a file of {self.target.value:.0f} bytes cannot be reached: the smallest found takes {found.value:.0f} bytes"
+            )
+        return drafts[found.c]
+
+    def _meet_quality(self, choice: Choice, start: float) -> Draft:
+        """The coarsest draft within the allowed distortion or drop."""
+        tries = 0
+
+        def good_enough(c: float) -> bool:
+            nonlocal tries
+            tries += 1
+            self.say("search", tries, 0)
+            return self._worse_by(self.encoder.draft(c, choice)) <= self.target.value
+
+        found = largest_feasible(good_enough, start, 0.02)
+        if not found.feasible:
+            raise TargetError(f"no step was found at which the {self.target.kind} stays within {self.target.value}")
+        return self.encoder.draft(found.c, choice)
+
+    def _worse_by(self, draft: Draft) -> float:
+        if self.target.evaluate is None or self.module is None:
+            return self._distortion(draft)
+        from transquant.stats.collect import copy_model
+
+        twin = copy_model(self.module)
+        base = float(self.target.evaluate(twin))
+        twin.load_state_dict(draft.state(), strict=False)
+        return base - float(self.target.evaluate(twin.eval()))

@@ -1,0 +1,28 @@
+"""Leaves the caller's world as it was, also after an error: random states and the model's training flags."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@contextmanager
+def unchanged(model: nn.Module | None) -> Iterator[None]:
+    """Restore the random states of torch, numpy and Python, and each module's training flag.
+
+    Weights, gradients and hooks need no care here: work is done on copies."""
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    modes = [] if model is None else [(m, m.training) for m in model.modules()]
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        torch.set_rng_state(torch_state)
+        for module, training in modes:
+            module.training = training

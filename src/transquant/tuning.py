@@ -1,0 +1,96 @@
+"""What the held-back samples decide: the regularisation of the metric, the step groups, the dead zone.
+
+The estimated metric says that quiet directions cost nothing, and quantization noise from the layers before then feeds
+exactly those. How much to distrust it is a property of the network and of the rate, so it is measured: one choice after
+another, at the file size that is asked for, on samples that did not enter the statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from math import log2
+
+from transquant.allocation.search import meet_size
+from transquant.allocation.steps import Grouping
+from transquant.encoder import Choice, Draft
+from transquant.quantizers.metric import Damping
+
+DAMPINGS = (
+    Damping(0.005, 0.02), Damping(0.02, 0.05), Damping(0.05, 0.2), Damping(0.1, 0.5), Damping(0.2, 1.0), Damping(0.5, 2.0),
+    Damping(1.0, 4.0),
+)  # fmt: skip
+GROUPINGS = (Grouping("rc", 0.5), Grouping("r", 0.5), Grouping("", 0.0), Grouping("rc", 1.0), Grouping("r", 1.0))
+DEAD_ZONES = (0.5, 0.55, 0.6, 0.65)
+ROUGH = 0.02  # candidates are compared at the same size within this share; what is left is corrected by the rate's slope
+
+# multiply–adds of a quantization pass above which fewer candidates are tried; a rule on work, not on time, keeps files
+# the same on fast and slow machines
+LARGE, HUGE = 3e10, 1e12
+
+
+class Tuner:
+    """Compares choices at one file size. `draft(c, choice)`, `size(draft)` in bytes, `distortion(draft)` measured."""
+
+    def __init__(
+        self,
+        draft: Callable[[float, Choice], Draft],
+        size: Callable[[Draft], int],
+        distortion: Callable[[Draft], float],
+        target_bytes: float,
+        num_values: int,
+    ) -> None:
+        self.draft, self.size, self.distortion = draft, size, distortion
+        self.target, self.num_values = target_bytes, num_values
+        self.scores: dict[Choice, tuple[float, float]] = {}
+
+    def score(self, choice: Choice, start: float) -> tuple[float, float]:
+        """(distortion at the target size, c) of a choice; the search for c begins at `start`."""
+        if choice not in self.scores:
+            drafts: dict[float, tuple[Draft, int]] = {}
+
+            def size_of(c: float) -> float:
+                draft = self.draft(c, choice)
+                drafts[c] = draft, self.size(draft)
+                return drafts[c][1]
+
+            slack = 2 * ROUGH * self.target
+            found = meet_size(size_of, self.target + slack / 2, slack, start, self.num_values / 10, max_steps=6)
+            draft, size = drafts.get(found.c) or min(drafts.values(), key=lambda d: abs(d[1] - self.target))
+            # six decibels a bit: what a file of exactly the target size would measure, nearly
+            excess = 8 * (size - self.target) / max(self.num_values, 1)
+            self.scores[choice] = self.distortion(draft) * 4.0**excess, draft.c
+        return self.scores[choice]
+
+
+def choose(tuner: Tuner, start: float, work: float, progress: Callable[[int, int], None]) -> tuple[Choice, float]:
+    """The best choice found, and its c. `work`: multiply–adds of one quantization pass."""
+    best = Choice(Damping(0.1, 0.5))
+    rounds: list[Callable[[Choice], Sequence[Choice]]] = [lambda b: list(_neighbours(b)), lambda b: list(_neighbours(b))]
+    if work <= HUGE:
+        rounds += [lambda b: list(_neighbours(b))]
+    if work <= LARGE:
+        rounds += [
+            lambda b: [replace(b, grouping=g) for g in GROUPINGS],
+            lambda b: [replace(b, dead_zone=z) for z in DEAD_ZONES],
+            lambda b: [replace(b, damping=replace(b.damping, noise=n)) for n in (0.0, 0.3)],
+            lambda b: list(_neighbours(b)),
+        ]
+    for number, candidates in enumerate(rounds):
+        progress(number, len(rounds))
+        value, c = tuner.score(best, start)
+        for candidate in candidates(best):
+            other, other_c = tuner.score(candidate, c)
+            if other < value:
+                best, value, start = candidate, other, other_c
+    progress(len(rounds), len(rounds))
+    return best, tuner.score(best, start)[1]
+
+
+def _neighbours(choice: Choice) -> Iterator[Choice]:
+    """The next weaker and the next stronger regularisation."""
+    levels = [replace(d, noise=choice.damping.noise, wiener=choice.damping.wiener) for d in DAMPINGS]
+    place = min(range(len(levels)), key=lambda k: abs(log2(levels[k].alpha / choice.damping.alpha)))
+    for k in (place - 1, place + 1):
+        if 0 <= k < len(levels):
+            yield replace(choice, damping=levels[k])
