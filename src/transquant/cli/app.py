@@ -1,0 +1,56 @@
+"""The typer application, exit codes, and the one place where exceptions become a line on stderr."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+import typer
+
+from transquant import __version__
+from transquant.cli import commands
+from transquant.errors import TransquantError
+
+EXIT_CODES = """Exit codes: 0 ok; 1 internal error; 2 usage or input; 3 target not reachable; 4 bad compressed file;
+5 an optional dependency is missing; 6 output cannot be written; 130 interrupted."""
+
+app = typer.Typer(
+    name="transquant",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Make trained neural networks small: one file of the size you ask for, bit-exact decoding.",
+    epilog=EXIT_CODES,
+)
+for name, command in commands.COMMANDS.items():
+    app.command(name)(command)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    if version:
+        typer.echo(f"transquant {__version__}")
+        raise typer.Exit()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with a documented code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    try:
+        app(given)
+    except TransquantError as error:
+        _fail(str(error), error.exit_code, given)
+    except (KeyboardInterrupt, EOFError):
+        _fail("interrupted; nothing was written", 130, given)
+    except MemoryError:
+        _fail("out of memory", 1, given)
+    except Exception as error:
+        _fail(f"internal error: {type(error).__name__}: {error}", 1, given)
+
+
+def _fail(message: str, code: int, given: list[str]) -> None:
+    if "-v" in given or "--verbose" in given:
+        traceback.print_exc()
+    typer.echo(f"error: {message}", err=True)
+    raise SystemExit(code)

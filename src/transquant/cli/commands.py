@@ -1,0 +1,228 @@
+"""The verbs. Each reads its inputs, calls the library once, and prints; heavy imports wait until then."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from transquant.cli.console import print_json, progress_bar, set_logging
+from transquant.errors import InputError, OutputError
+
+if TYPE_CHECKING:
+    from transquant.cli.calibration import Data
+
+Model = Annotated[str | None, typer.Option("--model", help="FILE.py:FACTORY; the function returns an nn.Module.")]
+Weights = Annotated[Path | None, typer.Option("--weights", help="Float weights, FILE.safetensors.")]
+Calibration = Annotated[
+    str | None,
+    typer.Option("--calibration", help="Unlabelled samples: image folder (a folder a class), FILE.npz, FILE.py:FUNCTION."),
+]
+TestData = Annotated[str | None, typer.Option("--data", help="Labelled samples to score on, like --calibration.")]
+Resize = Annotated[int | None, typer.Option(help="Images: length of the shorter side.")]
+Crop = Annotated[int | None, typer.Option(help="Images: side of the centre crop.")]
+Mean = Annotated[str, typer.Option(help="Images: mean a channel, after the division by --scale.")]
+Std = Annotated[str, typer.Option(help="Images: standard deviation a channel.")]
+Scale = Annotated[float, typer.Option(help="Images: pixels are divided by this.")]
+Limit = Annotated[int | None, typer.Option(help="Use at most so many samples.")]
+Batch = Annotated[int, typer.Option(min=1, help="Samples a batch.")]
+Metric = Annotated[str, typer.Option(help="auto, kl, mse or weights.")]
+Transform = Annotated[str, typer.Option(help="auto or identity.")]
+Effort = Annotated[int, typer.Option(min=1, max=9, help="1 fast, 5 default, 9 most thorough.")]
+Seed = Annotated[int, typer.Option(help="Same seed, same file.")]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress, errors only.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="More log; tracebacks.")]
+Force = Annotated[bool, typer.Option("-f", "--force", help="Overwrite an existing output.")]
+File = Annotated[Path, typer.Argument(help="A compressed file.")]
+
+
+def _output(path: Path, force: bool) -> Path:
+    """Checked before long work."""
+    from transquant.container import check_writable
+
+    check_writable(path)
+    if path.exists() and not force:
+        raise InputError(f"{path} exists already; give --force to overwrite it")
+    return path
+
+
+def _data(source: str | None, option: str, *how: Any) -> Data | None:
+    if source is None:
+        return None
+    from transquant.cli.calibration import Preprocessing, load_data, numbers
+
+    resize, crop, mean, std, scale, limit, batch, seed = how
+    means, stds = numbers(mean, "--mean"), numbers(std, "--std")
+    return load_data(source, option, Preprocessing(resize, crop, means, stds, scale, limit, batch, seed))
+
+
+def compress(
+    output: Annotated[Path, typer.Option("-o", "--output", help="The compressed file.")],
+    model: Model = None, weights: Weights = None, calibration: Calibration = None, data: TestData = None,
+    bits: Annotated[float | None, typer.Option(help="Target: bits of the file a parameter.")] = None,
+    size: Annotated[str | None, typer.Option(help="Target: bytes, 64KB, 64KiB, 1.5MB.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="Target: how many times smaller.")] = None,
+    distortion: Annotated[float | None, typer.Option(help="Target: measured output distortion.")] = None,
+    step: Annotated[float | None, typer.Option(help="The global step itself; no search.")] = None,
+    max_drop: Annotated[float | None, typer.Option(help="Target: points of top-1 accuracy lost on --data.")] = None,
+    exact: Annotated[list[str] | None, typer.Option(help="Store tensors that match this pattern exactly; repeatable.")] = None,
+    metric: Metric = "auto", transform: Transform = "auto", effort: Effort = 5, seed: Seed = 0,
+    resize: Resize = None, crop: Crop = None, mean: Mean = "0", std: Std = "1", scale: Scale = 255.0,
+    limit: Limit = None, batch: Batch = 100,
+    as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False, force: Force = False,
+) -> None:  # fmt: skip
+    """Compress a trained network to a file of a given size."""
+    set_logging(quiet, verbose)
+    _output(output, force)
+    _one_target(bits=bits, size=size, ratio=ratio, distortion=distortion, step=step, max_drop=max_drop)
+    from transquant.cli.models import load_model
+    from transquant.codec import compress as run
+
+    net = load_model(model, weights)
+    how = (resize, crop, mean, std, scale, limit, batch, seed)
+    samples, test = _data(calibration, "--calibration", *how), _data(data, "--data", *how)
+    drop = None
+    if max_drop is not None:
+        from transquant.cli.scoring import evaluator
+
+        drop = evaluator(test), max_drop
+    with progress_bar(quiet or as_json) as progress:
+        compressed = run(
+            net, samples.batches if samples else None, bits=bits, size=size, ratio=ratio, distortion=distortion,
+            step=step, max_drop=drop, metric=metric, transform=transform, effort=effort, seed=seed,
+            overrides=dict.fromkeys(exact or [], "exact"), progress=progress,
+        )  # fmt: skip
+    compressed.save(output)
+    if as_json:
+        print_json({"output": str(output), **compressed.report.as_dict()})
+    elif not quiet:
+        typer.echo(f"{output}: {compressed.report}")
+
+
+def decompress(
+    file: File,
+    output: Annotated[Path, typer.Option("-o", "--output", help="FILE.safetensors")],
+    as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False, force: Force = False,
+) -> None:  # fmt: skip
+    """Decode a compressed file to .safetensors, with all keys of the original."""
+    set_logging(quiet, verbose)
+    if output.suffix != ".safetensors":
+        raise InputError(f"the output is {output}, expected a name that ends in .safetensors")
+    _output(output, force)
+    from safetensors.torch import save
+
+    from transquant.codec import load
+    from transquant.container import write_file
+
+    state = load(file).state_dict()
+    payload = save({k: v.clone().contiguous() for k, v in state.items()})  # clones: the format knows no shared memory
+    write_file(output, payload)
+    if as_json:
+        print_json({"output": str(output), "bytes": len(payload), "tensors": len(state)})
+    elif not quiet:
+        typer.echo(f"{output}: {len(payload):,} bytes, {len(state)} tensors")
+
+
+def inspect(file: File, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
+    """Show where every byte of a compressed file went."""
+    set_logging(quiet, verbose)
+    from transquant.codec import load
+
+    report = load(file).report
+    if as_json:
+        print_json({"file": str(file), **report.as_dict()})
+    else:
+        typer.echo(f"{file}: {report}")
+
+
+def evaluate(
+    file: File, model: Model = None, weights: Weights = None, data: TestData = None,
+    resize: Resize = None, crop: Crop = None, mean: Mean = "0", std: Std = "1", scale: Scale = 255.0,
+    limit: Limit = None, batch: Batch = 100, seed: Seed = 0,
+    as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Score a compressed network on data, beside the float weights where they are given."""
+    set_logging(quiet, verbose)
+    if model is None or data is None:
+        raise InputError("evaluate needs --model FILE.py:FACTORY and --data")
+    from transquant.cli.models import load_model
+    from transquant.cli.scoring import compare
+    from transquant.codec import load
+
+    compressed = load(file)
+    net = load_model(model, weights)
+    test = _data(data, "--data", resize, crop, mean, std, scale, limit, batch, seed)
+    assert test is not None
+    result = {"file": str(file), "file_bytes": len(compressed.data), **compare(net, compressed, test, weights is not None)}
+    if as_json:
+        print_json(result)
+    else:
+        for key, value in result.items():
+            typer.echo(f"{key:<16} {value:,.4f}" if isinstance(value, float) else f"{key:<16} {value}")
+
+
+def sweep(
+    output: Annotated[Path, typer.Option("-o", "--output", help="FILE.csv; a picture FILE.png is written beside it.")],
+    model: Model = None, weights: Weights = None, calibration: Calibration = None, data: TestData = None,
+    bits: Annotated[str, typer.Option(help="Sizes to visit, bits a parameter.")] = "1,1.5,2,3,4",
+    metric: Metric = "auto", effort: Effort = 5, seed: Seed = 0,
+    resize: Resize = None, crop: Crop = None, mean: Mean = "0", std: Std = "1", scale: Scale = 255.0,
+    limit: Limit = None, batch: Batch = 100,
+    as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False, force: Force = False,
+) -> None:  # fmt: skip
+    """Write the rate–distortion curve of a network as CSV and picture."""
+    set_logging(quiet, verbose)
+    if output.suffix != ".csv":
+        raise InputError(f"the output is {output}, expected a name that ends in .csv")
+    _output(output, force)
+    _output(output.with_suffix(".png"), force)
+    from transquant.cli.calibration import numbers
+    from transquant.cli.models import load_model
+    from transquant.cli.sweeping import sweep_rates
+
+    rates = numbers(bits, "--bits")
+    how = (resize, crop, mean, std, scale, limit, batch, seed)
+    samples, test = _data(calibration, "--calibration", *how), _data(data, "--data", *how)
+    net = load_model(model, weights)
+    with progress_bar(quiet or as_json) as progress:
+        rows = sweep_rates(net, samples, test, rates, metric, effort, seed, output, progress)
+    if as_json:
+        print_json(rows)
+    elif not quiet:
+        typer.echo(output.read_text(), nl=False)
+
+
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the file and the curve.")] = Path("demo-output"),
+    bits: Annotated[float, typer.Option(help="Size of the file, bits a parameter.")] = 1.5,
+    as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Compress a small network that ships with the package, decode it, and score it on real digits."""
+    set_logging(quiet, verbose)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make the folder {output}: {error.strerror}") from None
+    from transquant.demo.run import format_table, run
+
+    with progress_bar(quiet or as_json) as progress:
+        result = run(output, bits, progress)
+    if as_json:
+        print_json(result)
+    elif not quiet:
+        typer.echo(format_table(result))
+
+
+def _one_target(**targets: Any) -> None:
+    """Fail before anything is loaded."""
+    given = [f"--{k.replace('_', '-')}" for k, v in targets.items() if v is not None]
+    if len(given) != 1:
+        names = ", ".join(f"--{k.replace('_', '-')}" for k in targets)
+        raise InputError(f"give exactly one target of {names}; given: {' and '.join(given) or 'none'}")
+
+
+COMMANDS = {
+    "compress": compress, "decompress": decompress, "inspect": inspect, "evaluate": evaluate, "sweep": sweep, "demo": demo,
+}  # fmt: skip

@@ -1,0 +1,64 @@
+"""Models and weights named on the command line."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from transquant.errors import InputError
+from transquant.modules import install
+from transquant.modules.files import load_safetensors
+
+
+def load_model(model: str | None, weights: Path | None) -> nn.Module | dict[str, Tensor]:
+    """The module of FILE.py:FACTORY with the weights of a .safetensors file in it; the file's tensors where no model is
+    named. Raises InputError."""
+    if model is None:
+        if weights is None:
+            raise InputError("give a model: --model FILE.py:FACTORY, --weights FILE.safetensors, or both")
+        return load_safetensors(weights)
+    try:
+        module = call(model, "--model")
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"the factory of --model {model} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(module, nn.Module):
+        raise InputError(f"the factory of --model {model} returned a {type(module).__name__}, expected an nn.Module")
+    if weights is not None:
+        state = load_safetensors(weights)
+        for key, value in module.state_dict().items():  # files often leave BatchNorm's counters out
+            if key.endswith("num_batches_tracked"):
+                state.setdefault(key, value)
+        install(module, state)
+    return module.eval()
+
+
+def call(source: str, option: str) -> Any:
+    """The result of the function in "FILE.py:FUNCTION", called without arguments. Raises InputError."""
+    file, colon, name = source.rpartition(":")
+    if not colon or not file.endswith(".py") or not name:
+        raise InputError(f"{option} is {source!r}, expected FILE.py:FUNCTION")
+    path = Path(file)
+    if not path.is_file():
+        raise InputError(f"{option}: there is no file {file}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)
+    sys.path.insert(0, str(path.resolve().parent))  # so that the file's own imports work
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"{option}: {file} cannot be imported: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.pop(0)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise InputError(f"{option}: {file} has no function {name!r}")
+    return function()

@@ -1,0 +1,57 @@
+"""Accuracy and distance to the float network, for the verbs that score."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from transquant.cli.calibration import Data
+from transquant.codec import CompressedModel
+from transquant.errors import InputError
+from transquant.modules import batches_of, micro_batches, run_batch
+from transquant.stats.metric import distance, resolve
+
+
+def outputs(model: nn.Module, data: Data) -> Tensor:
+    """Outputs (N, ...) of a model in eval mode on all data."""
+    model.eval()
+    with torch.no_grad():
+        return torch.cat([run_batch(model, b).float().cpu() for b in micro_batches(batches_of(data.batches))])
+
+
+def top1(output: Tensor, data: Data) -> float:
+    """Top-1 accuracy in per cent. Raises InputError where labels are missing or do not fit."""
+    if data.labels is None or output.ndim != 2 or len(data.labels) != len(output):
+        raise InputError("accuracy needs labelled data (a folder a class, or y in the .npz) and outputs of shape (N, C)")
+    return 100 * (output.argmax(1) == data.labels).float().mean().item()
+
+
+def evaluator(data: Data | None) -> Callable[[nn.Module], float]:
+    """evaluate(model) for max_drop. Raises InputError where there is nothing to score on."""
+    if data is None or data.labels is None:
+        raise InputError("--max-drop needs --data with labels: a folder a class, or an .npz with x and y")
+    return lambda model: top1(outputs(model, data), data)
+
+
+def compare(model: nn.Module | Any, compressed: CompressedModel, data: Data, has_weights: bool) -> dict[str, float]:
+    """Scores of the decoded network, and beside the float one where its weights are known."""
+    if not isinstance(model, nn.Module):
+        raise InputError("evaluate needs --model FILE.py:FACTORY")
+    output = outputs(compressed.install(copy.deepcopy(model)), data)
+    result: dict[str, float] = {"samples": float(len(output))}
+    if data.labels is not None:
+        result["top1"] = top1(output, data)
+    if has_weights:
+        reference = outputs(model, data)
+        metric = resolve("auto", reference)
+        total, count = distance(reference, output, metric)
+        result[metric] = total / count
+        if data.labels is not None:
+            result["float_top1"] = top1(reference, data)
+        if reference.ndim == 2:
+            result["agreement"] = 100 * (reference.argmax(1) == output.argmax(1)).float().mean().item()
+    return result

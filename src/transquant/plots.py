@@ -1,0 +1,40 @@
+"""Pictures of rate–distortion curves."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from transquant.container import write_file
+from transquant.errors import MissingDependency
+
+
+def write_curve(
+    path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], label: str, floor: float | None = None
+) -> None:
+    """Write a picture of curves {name: [(bits a parameter, value)]}; `floor` draws a dashed line, the float network's value.
+
+    Raises MissingDependency without matplotlib, OutputError."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingDependency('pictures need matplotlib: pip install "transquant[plots]"') from None
+    figure = Figure(figsize=(6.4, 4.2), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for (name, points), marker in zip(curves.items(), "osd^v<>ph" * 9, strict=False):
+        ordered = sorted(points)
+        axes.plot([x for x, _ in ordered], [y for _, y in ordered], marker=marker, label=name)
+    if floor is not None:
+        axes.axhline(floor, color="gray", linestyle="--", linewidth=1, label="float")
+    axes.set_xlabel("bits per parameter, whole file")
+    axes.set_ylabel(label)
+    if "distortion" in label:
+        axes.set_yscale("log")
+    axes.grid(True, alpha=0.3)
+    axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix.removeprefix(".") or "png", metadata={"Software": None} if path.suffix == ".png" else None)
+    write_file(path, buffer.getvalue())
