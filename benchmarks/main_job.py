@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from networks import cifar10, imagenet_sample, logits, network
 from torch import Tensor, nn
 
 import transquant as tq
+from networks import cifar10, imagenet_sample, logits, network
 
 JOBS = {"resnet20": (3.0, 2.0, 1.5, 1.0), "squeezenet": (3.0, 2.0), "mobilenet": (4.0,)}
 Fold = tuple[Tensor, Tensor, Tensor]  # calibration images, test images, test labels

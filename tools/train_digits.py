@@ -1,7 +1,7 @@
-"""Train `transquant.demo.network.DigitsNet` on the digits' training split and store its weights in the package.
+"""Train the demo network `DigitsNet` on the digits' training split and store its weights in the package.
 
-The test split decides nothing: the recipe is fixed, the last weights are kept, and the test accuracy is measured
-once, after the file is written.
+The test split decides nothing: the recipe was chosen by cross-validation inside the training split, the last
+weights are kept, and the test accuracy is measured once, after the file is written.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from transquant.demo.network import WEIGHTS, DigitsNet, load_digits_split, pretr
 OUTPUT = Path(__file__).resolve().parents[1] / "src" / "transquant" / "demo" / WEIGHTS
 
 SEED = 0
-EPOCHS = 100
+EPOCHS = 150
 BATCH = 50
-PEAK_RATE = 4e-3
-WEIGHT_DECAY = 1e-2
+PEAK_RATE = 1e-2
+WEIGHT_DECAY = 5e-2
 LABEL_SMOOTHING = 0.05
 
 MAX_ROTATION = math.radians(12)
@@ -32,7 +32,10 @@ MAX_SHIFT = 0.75  # pixels
 
 
 def augment(images: Tensor) -> Tensor:
-    """Each image rotated, sheared, scaled and shifted a little at random (N x 1 x 8 x 8, float32, in and out)."""
+    """`images` (N x 1 x 8 x 8, float32), each rotated, sheared, scaled and shifted a little at random.
+
+    Same shape and dtype as the input.
+    """
 
     def uniform(limit: float) -> Tensor:
         return (torch.rand(len(images)) * 2 - 1) * limit
@@ -70,7 +73,8 @@ def train(images: Tensor, labels: Tensor, seed: int = SEED, epochs: int = EPOCHS
 @torch.no_grad()
 def accuracy(network: DigitsNet, images: Tensor, labels: Tensor) -> float:
     """Fraction of `images` (N x 1 x 8 x 8, float32) that `network` assigns their label (N, int64)."""
-    return (network(images).argmax(dim=1) == labels).double().mean().item()
+    correct: Tensor = network(images).argmax(dim=1) == labels
+    return int(correct.sum()) / len(labels)
 
 
 def main() -> None:

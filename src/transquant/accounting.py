@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from math import log2, prod
 from typing import TYPE_CHECKING, Any
 
@@ -36,14 +37,18 @@ def distortion_metadata(metric: str, distortions: Mapping[str, float]) -> dict[s
     share, 4·log2 steps below one ("!" is all of it, "~" nearly nothing)."""
     total = sum(distortions.values())
     shares = "".join(
-        chr(min(_FIRST + round(-4 * log2(max(d, 1e-300) / total)), _LAST)) if total > 0 else "~"
-        for d in distortions.values()
+        chr(min(_FIRST + round(-4 * log2(max(d, 1e-300) / total)), _LAST)) if total > 0 else "~" for d in distortions.values()
     )
     return {"distortion": f"{metric} {total:.3g}", "shares": shares}
 
 
 def report_of(
-    plan: Plan, stats: Statistics, draft: Draft, encoded: EncodedFile, measured: float | None, settings: Mapping[str, Any]
+    plan: Plan,
+    stats: Statistics,
+    draft: Draft,
+    encoded: EncodedFile,
+    measured: float | None,
+    settings: Mapping[str, Any],
 ) -> Report:
     """The report of a compression that has just been done."""
     total = max(draft.predicted, 1e-300)
@@ -64,10 +69,8 @@ def file_report(container: Container, data: bytes, plane_bits: Sequence[float]) 
     raw_bytes = sum(len(s.data) for s in container.sections if s.kind == "r")
     metric, predicted = "unknown", None
     word, _, number = container.metadata.get("distortion", "").partition(" ")
-    try:
+    with suppress(ValueError):  # metadata is free text: another writer may say something else
         metric, predicted = word or metric, float(number)
-    except ValueError:  # metadata is free text: another writer may say something else
-        pass
     marks = container.metadata.get("shares", "")
     shares = {e.name: 2 ** (-(ord(m) - _FIRST) / 4) for e, m in zip(coded, marks, strict=False)}
     parameters = original = 0
@@ -96,7 +99,10 @@ def _report(
 
 
 def _rows(
-    entries: Sequence[Entry], bits: Mapping[str, tuple[float, float]], step: tuple[int, int], shares: Mapping[str, float]
+    entries: Sequence[Entry],
+    bits: Mapping[str, tuple[float, float]],
+    step: tuple[int, int],
+    shares: Mapping[str, float],
 ) -> Iterator[LayerReport]:
     for entry in entries:
         if isinstance(entry, CodedEntry):
@@ -108,7 +114,14 @@ def _rows(
         else:
             continue
         yield LayerReport(
-            entry.name, shape, kind, "identity", count, *bits[entry.name], step=size, distortion_share=shares.get(entry.name)
+            entry.name,
+            shape,
+            kind,
+            "identity",
+            count,
+            *bits[entry.name],
+            step=size,
+            distortion_share=shares.get(entry.name),
         )
 
 

@@ -225,12 +225,15 @@ def _num_bytes(entry: RawEntry) -> int:
 
 
 def _raw_values(data: bytes, entry: RawEntry) -> NDArray[np.generic]:
+    array: NDArray[np.generic]
     if entry.dtype == "bfloat16":
-        return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32).reshape(entry.shape)
-    dtype = np.dtype(DTYPES[entry.dtype].numpy).newbyteorder("<")
-    if entry.dtype == "bool":
-        return (np.frombuffer(data, np.uint8) != 0).reshape(entry.shape)
-    return np.frombuffer(data, dtype).astype(dtype.newbyteorder("=")).reshape(entry.shape)
+        array = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+    elif entry.dtype == "bool":
+        array = np.frombuffer(data, np.uint8) != 0
+    else:
+        dtype = np.dtype(DTYPES[entry.dtype].numpy)
+        array = np.frombuffer(data, dtype.newbyteorder("<")).astype(dtype)
+    return array.reshape(entry.shape)
 
 
 def decoded_aliases(container: Container) -> dict[str, str]:
@@ -253,9 +256,7 @@ def dtypes(container: Container) -> dict[str, str]:
     return result
 
 
-def split_bits(
-    group: Sequence[CodedEntry | BatchNormEntry], bits: Sequence[float]
-) -> Iterator[tuple[str, float, float]]:
+def split_bits(group: Sequence[CodedEntry | BatchNormEntry], bits: Sequence[float]) -> Iterator[tuple[str, float, float]]:
     """(name, bits of symbols, bits of step exponents) of a section's entries, from its planes' bits."""
     rest = iter(bits)
     for entry in group:

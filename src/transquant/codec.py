@@ -25,7 +25,7 @@ from transquant.encoder import Choice, Draft, Encoder, Source
 from transquant.entropy.lanes import decode_planes
 from transquant.errors import InputError, TargetError
 from transquant.guard import unchanged
-from transquant.records import Container, IntArray, Limits, Plan, Report, Statistics, WeightSpec
+from transquant.records import Coded, Container, IntArray, Limits, Plan, Report, Statistics, WeightSpec
 from transquant.stats import Reference, collect, weight_statistics
 from transquant.stats.metric import METRICS
 from transquant.targets import Target, parse_target
@@ -100,7 +100,7 @@ def compress(
     """
     _check_options(metric, transform, objective, effort)
     say = progress or (lambda stage, done, total: None)
-    given = dict(bits=bits, size=size, ratio=ratio, distortion=distortion, step=step, max_drop=max_drop)
+    given = {"bits": bits, "size": size, "ratio": ratio, "distortion": distortion, "step": step, "max_drop": max_drop}
     module, state, plan = _open(model, overrides)
     target = parse_target(plan, given)
     if module is None and (calibration is not None or target.kind == "drop"):
@@ -132,7 +132,7 @@ def load(path: str | PathLike[str], limits: Limits | None = None) -> CompressedM
     return CompressedModel(data, file_report(container, data, bits))
 
 
-def _decode(container: Container) -> tuple[dict[str, bitstream.Coded], list[float]]:
+def _decode(container: Container) -> tuple[dict[str, Coded], list[float]]:
     """Symbols of all coded entries, and the information content of all planes in file order."""
     bits: list[float] = []
 
@@ -168,9 +168,7 @@ def _check_options(metric: str, transform: str, objective: str, effort: int) -> 
         raise InputError(f"effort is {effort!r}, allowed are integers 1 to 9")
 
 
-def _open(
-    model: Any, overrides: Mapping[str, Any] | None
-) -> tuple[nn.Module | None, Mapping[str, Tensor], Plan]:
+def _open(model: Any, overrides: Mapping[str, Any] | None) -> tuple[nn.Module | None, Mapping[str, Tensor], Plan]:
     """(module or None, state dict, plan) of what the caller gave."""
     if isinstance(model, str | PathLike):
         from transquant.modules.files import load_safetensors
@@ -209,7 +207,13 @@ class _Search:
     """From a target to a draft: the best choice first, then the scalar c."""
 
     def __init__(
-        self, encoder: Encoder, reference: Reference | None, module: nn.Module | None, target: Target, effort: int, say: Progress
+        self,
+        encoder: Encoder,
+        reference: Reference | None,
+        module: nn.Module | None,
+        target: Target,
+        effort: int,
+        say: Progress,
     ) -> None:
         self.encoder, self.reference, self.module, self.target, self.say = encoder, reference, module, target, say
         self.effort = effort

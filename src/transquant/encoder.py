@@ -138,9 +138,7 @@ class Encoder:
             elif isinstance(spec, BatchNormSpec):
                 scale = self._vector(f"{spec.name}.scale", spec.key("weight"), c, step)
                 shift = self._vector(f"{spec.name}.shift", spec.key("bias"), c, step)
-                norm = BatchNormEntry(
-                    spec.name, spec.channels, spec.dtype, (scale[0], shift[0]), spec.eps, spec.batches_tracked
-                )
+                norm = BatchNormEntry(spec.name, spec.channels, spec.dtype, (scale[0], shift[0]), spec.eps, spec.batches_tracked)
                 coded[spec.name] = CodedBatchNorm(norm, scale[1], shift[1])
                 distortions[spec.name] = scale[2] + shift[2]
                 entries.append(norm)

@@ -1,14 +1,14 @@
 """Every exception that transquant raises on purpose. The list is closed; a test compares it with the documentation.
 
-    TransquantError              exit code
-    ├── InputError               2   bad arguments, models, calibration data, paths
-    ├── TargetError              3   a target that cannot be reached; says what can
-    ├── FileError                4   what bad files raise
-    │   ├── CorruptFile
-    │   ├── UnsupportedVersion
-    │   └── LimitExceeded
-    ├── MissingDependency        5   with the pip line that installs it
-    └── OutputError              6   the output cannot be written
+TransquantError              exit code
+├── InputError               2   bad arguments, models, calibration data, paths
+├── TargetError              3   a target that cannot be reached; says what can
+├── FileError                4   what bad files raise
+│   ├── CorruptFile
+│   ├── UnsupportedVersion
+│   └── LimitExceeded
+├── MissingDependency        5   with the pip line that installs it
+└── OutputError              6   the output cannot be written
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The step grid and dequantization of FORMAT.md section 3. numpy only: the portable reader uses it.
 
-    step of entry (i, j) = mantissa · K[t mod 4] · 2^(exponent + t // 4 − 14),   t = qp + 2·row_exponent[i] + 2·column_exponent[j]
+step of entry (i, j) = mantissa · K[t mod 4] · 2^(exponent + t // 4 − 14),   t = qp + 2·row_exponent[i] + 2·column_exponent[j]
 """
 
 from __future__ import annotations
@@ -44,12 +44,11 @@ def total_index(qp: int, rows: IntArray | None, columns: IntArray | None, taps: 
 
 def steps(step: tuple[int, int], t: NDArray[np.int64]) -> FloatArray:
     """Step sizes as float64, exact, the shape of t."""
-    return np.ldexp((step[0] * QUARTERS[t & 3]).astype(np.float64), step[1] + (t >> 2) - 14)
+    sizes: FloatArray = np.ldexp((step[0] * QUARTERS[t & 3]).astype(np.float64), step[1] + (t >> 2) - 14)
+    return sizes
 
 
-def dequantize(
-    symbols: IntArray, step: tuple[int, int], t: NDArray[np.int64], offsets: tuple[int, int]
-) -> NDArray[np.float32]:
+def dequantize(symbols: IntArray, step: tuple[int, int], t: NDArray[np.int64], offsets: tuple[int, int]) -> NDArray[np.float32]:
     """Values float32 of symbols int32 (rows, columns): integers below 2^53 times a power of two, rounded once.
 
     `offsets`: reconstruction offsets of magnitudes 1 and above, 1/64 step toward zero. Raises CorruptFile where a

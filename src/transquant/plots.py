@@ -10,9 +10,7 @@ from transquant.container import write_file
 from transquant.errors import MissingDependency
 
 
-def write_curve(
-    path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], label: str, floor: float | None = None
-) -> None:
+def write_curve(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], label: str, floor: float | None = None) -> None:
     """Write a picture of curves {name: [(bits a parameter, value)]}; `floor` draws a dashed line, the float network's value.
 
     Raises MissingDependency without matplotlib, OutputError."""
@@ -36,5 +34,9 @@ def write_curve(
     axes.grid(True, alpha=0.3)
     axes.legend()
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix.removeprefix(".") or "png", metadata={"Software": None} if path.suffix == ".png" else None)
+    figure.savefig(
+        buffer,
+        format=path.suffix.removeprefix(".") or "png",
+        metadata={"Software": None} if path.suffix == ".png" else None,
+    )
     write_file(path, buffer.getvalue())

@@ -26,7 +26,9 @@ def format_report(report: Report) -> str:
         lines.append(f"  {name:<17}{size:>12,}  {100 * size / report.file_bytes:5.1f} %  {what}")
     lines += ["", _distortion_line(report), ""]
     width = max([len(r.name) for r in report.layers] + [5])
-    lines.append(f"  {'layer':<{width}}  {'shape':<18} {'transform':<9} {'values':>10} {'bits/value':>10} {'step':>9} {'distortion':>10}")
+    lines.append(
+        f"  {'layer':<{width}}  {'shape':<18} {'transform':<9} {'values':>10} {'bits/value':>10} {'step':>9} {'distortion':>10}"
+    )
     for r in report.layers:
         per_value = (r.payload_bits + r.side_bits) / max(r.num_values, 1)
         step = f"{r.step:9.3g}" if r.step is not None else f"{'':>9}"

@@ -42,8 +42,10 @@ def parse_target(plan: Plan, given: dict[str, Any]) -> Target:
         if not (isinstance(value, tuple | list) and len(value) == 2 and callable(value[0])):
             raise InputError("max_drop is a pair (evaluate, points), with evaluate(model) -> float, higher is better")
         return Target("drop", _positive(value[1], "the points of max_drop", zero=True), value[0])
-    if name in ("distortion", "step"):
-        return Target(name, _positive(value, name))
+    if name == "distortion":
+        return Target("distortion", _positive(value, name))
+    if name == "step":
+        return Target("step", _positive(value, name))
     if name == "size":
         size = float(parse_size(value))
     elif name == "bits":
@@ -52,9 +54,7 @@ def parse_target(plan: Plan, given: dict[str, Any]) -> Target:
         size = plan.original_bytes / _positive(value, "ratio")
     size = floor(size + 1e-6)
     if size >= plan.original_bytes:
-        raise TargetError(
-            f"{name}={value} allows {size} bytes, but the tensors take only {plan.original_bytes} bytes as they are"
-        )
+        raise TargetError(f"{name}={value} allows {size} bytes, but the tensors take only {plan.original_bytes} bytes as they are")
     return Target("bytes", size)
 
 
@@ -69,6 +69,12 @@ def parse_size(value: Any) -> int:
 
 
 def _positive(value: Any, what: str, zero: bool = False) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value) or value < 0 or (value == 0 and not zero):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not isfinite(value)
+        or value < 0
+        or (value == 0 and not zero)
+    ):
         raise InputError(f"{what} is {value!r}, allowed are positive numbers")
     return float(value)

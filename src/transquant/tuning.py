@@ -66,7 +66,10 @@ class Tuner:
 def choose(tuner: Tuner, start: float, work: float, progress: Callable[[int, int], None]) -> tuple[Choice, float]:
     """The best choice found, and its c. `work`: multiply–adds of one quantization pass."""
     best = Choice(Damping(0.1, 0.5))
-    rounds: list[Callable[[Choice], Sequence[Choice]]] = [lambda b: list(_neighbours(b)), lambda b: list(_neighbours(b))]
+    rounds: list[Callable[[Choice], Sequence[Choice]]] = [
+        lambda b: list(_neighbours(b)),
+        lambda b: list(_neighbours(b)),
+    ]
     if work <= HUGE:
         rounds += [lambda b: list(_neighbours(b))]
     if work <= LARGE:

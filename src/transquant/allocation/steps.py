@@ -55,7 +55,7 @@ def _exponents(log_sensitivity: FloatArray, spread: float) -> IntArray | None:
 
 def vector_qp(sensitivity: FloatArray) -> int:
     """Step index of a vector with one step: from the mean of its sensitivities, float64 of any shape."""
-    return nearest_qp(float(np.mean(sensitivity)) ** -0.5)
+    return nearest_qp(1 / float(np.sqrt(np.mean(sensitivity))))
 
 
 def first_guess(target_bits: float, variances: FloatArray, sensitivities: FloatArray, counts: FloatArray) -> float:
@@ -70,4 +70,4 @@ def first_guess(target_bits: float, variances: FloatArray, sensitivities: FloatA
             low = middle
         else:
             high = middle
-    return 2.0 ** ((low + high) / 2)
+    return float(2.0 ** ((low + high) / 2))

@@ -77,7 +77,7 @@ def _npz(path: Path, option: str, how: Preprocessing) -> Data:
         raise InputError(f"{option}: the array in {path} has no samples")
     inputs = inputs[: how.limit]
     tensor = torch.from_numpy(inputs.astype(np.float32) if inputs.dtype.kind == "f" else inputs)
-    return Data(tensor.split(how.batch), None if labels is None else torch.from_numpy(labels[: how.limit].astype(np.int64)))
+    return Data(_batches(tensor, how.batch), None if labels is None else torch.from_numpy(labels[: how.limit].astype(np.int64)))
 
 
 def _folder(folder: Path, option: str, how: Preprocessing) -> Data:
@@ -92,7 +92,9 @@ def _folder(folder: Path, option: str, how: Preprocessing) -> Data:
     if not files:
         raise InputError(f"{option}: {folder} has no images; expected one folder of images for each class")
     order = np.random.default_rng(how.seed).permutation(len(files))
-    images, labels, skipped = [], [], 0
+    images: list[np.ndarray] = []
+    labels: list[int] = []
+    skipped = 0
     for k in order:
         if how.limit is not None and len(images) == how.limit:
             break
@@ -118,7 +120,11 @@ def _folder(folder: Path, option: str, how: Preprocessing) -> Data:
     except ValueError:
         raise InputError(f"--mean and --std have {len(how.mean)} and {len(how.std)} values, the images 3 channels") from None
     known = torch.tensor(labels) if classes else None
-    return Data(torch.from_numpy(batch.astype(np.float32)).split(how.batch), known)
+    return Data(_batches(torch.from_numpy(batch.astype(np.float32)), how.batch), known)
+
+
+def _batches(tensor: Tensor, size: int) -> list[Tensor]:
+    return [tensor[a : a + size] for a in range(0, len(tensor), size)]
 
 
 def _pixels(image: Any, how: Preprocessing) -> np.ndarray:

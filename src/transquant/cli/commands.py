@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -155,7 +156,11 @@ def evaluate(
     net = load_model(model, weights)
     test = _data(data, "--data", resize, crop, mean, std, scale, limit, batch, seed)
     assert test is not None
-    result = {"file": str(file), "file_bytes": len(compressed.data), **compare(net, compressed, test, weights is not None)}
+    result = {
+        "file": str(file),
+        "file_bytes": len(compressed.data),
+        **compare(net, compressed, test, weights is not None),
+    }
     if as_json:
         print_json(result)
     else:
@@ -223,6 +228,6 @@ def _one_target(**targets: Any) -> None:
         raise InputError(f"give exactly one target of {names}; given: {' and '.join(given) or 'none'}")
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "compress": compress, "decompress": decompress, "inspect": inspect, "evaluate": evaluate, "sweep": sweep, "demo": demo,
 }  # fmt: skip

@@ -31,8 +31,15 @@ def sweep_rates(
         progress("rates", number, len(rates))
         compressed = compress(model, batches, bits=bits, metric=metric, effort=effort, seed=seed)
         report = compressed.report
-        row: dict[str, Any] = {"bits": bits, "file_bytes": report.file_bytes, "bits_per_parameter": report.bits_per_parameter}
-        row["predicted_distortion"], row["measured_distortion"] = report.predicted_distortion, report.measured_distortion
+        row: dict[str, Any] = {
+            "bits": bits,
+            "file_bytes": report.file_bytes,
+            "bits_per_parameter": report.bits_per_parameter,
+        }
+        row["predicted_distortion"], row["measured_distortion"] = (
+            report.predicted_distortion,
+            report.measured_distortion,
+        )
         row["top1"] = None
         if test is not None and isinstance(model, nn.Module):
             row["top1"] = top1(outputs(compressed.install(copy.deepcopy(model)), test), test)

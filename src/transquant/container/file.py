@@ -36,7 +36,7 @@ def read_container(data: bytes, limits: Limits | None = None) -> Container:
     LimitExceeded)."""
     limits = limits or Limits()
     start = header_bytes(data)
-    _, _, _, raw_length, header_length, crc = _FIXED.unpack_from(data)
+    _, _, _, raw_length, _, crc = _FIXED.unpack_from(data)
     header = data[_FIXED.size : start]
     if zlib.crc32(data[4:14] + header) != crc:
         raise CorruptFile("the header's checksum does not match: the file is damaged")

@@ -127,7 +127,7 @@ def check_limits(entries: Iterable[Entry], file_bytes: int, limits: Limits) -> N
             size = sizes[entry.of]
         elif isinstance(entry, BatchNormEntry):
             each = entry.channels * DTYPES[entry.dtype].size
-            sizes |= {name: each for name in tensor_names(entry)}
+            sizes |= dict.fromkeys(tensor_names(entry), each)
             size = 4 * each + 16 * entry.channels + 8
         else:
             count = prod(entry.shape)

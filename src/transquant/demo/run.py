@@ -64,7 +64,7 @@ def format_table(result: dict[str, Any]) -> str:
 
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Top-1 in per cent."""
-    return 100 * (model(images).argmax(1) == labels).float().mean().item()
+    return 100 * float((model(images).argmax(1) == labels).float().mean())
 
 
 def _decoded(model: nn.Module, compressed: CompressedModel) -> nn.Module:

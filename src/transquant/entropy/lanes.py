@@ -70,9 +70,7 @@ def encode_planes(planes: Sequence[Plane], lanes: int) -> tuple[bytes, list[floa
     return states.astype("<u4").tobytes() + words.astype("<u2").tobytes(), bits
 
 
-def decode_planes(
-    data: bytes, planes: Sequence[tuple[int, int, int, int, int]], lanes: int
-) -> tuple[list[IntArray], list[float]]:
+def decode_planes(data: bytes, planes: Sequence[tuple[int, int, int, int, int]], lanes: int) -> tuple[list[IntArray], list[float]]:
     """Symbols of the planes (rows, columns, kind, width, taps), int32 (rows, columns) each, and their information content.
 
     Raises CorruptFile unless every byte is used and every state ends where the encoder began."""

@@ -57,7 +57,8 @@ class _Reader:
 
 
 def _probabilities(c0: Int64, c1: Int64) -> Int64:
-    return np.clip((c1 * _R[c0 + c1]) >> (32 - tables.P_BITS), tables.P_MIN, tables.P_MAX)
+    p: Int64 = np.clip((c1 * _R[c0 + c1]) >> (32 - tables.P_BITS), tables.P_MIN, tables.P_MAX)
+    return p
 
 
 def _learn(counts: Int64, context: Int64, bit: NDArray[np.bool_]) -> None:
@@ -87,9 +88,7 @@ def decode_planes(data: bytes, planes: Sequence[tuple[int, int, int, int, int]],
     return result
 
 
-def _plane(
-    reader: _Reader, q: IntArray, width: int, taps: int, lanes: int, magnitude: Int64, gamma: Int64, start: int
-) -> int:
+def _plane(reader: _Reader, q: IntArray, width: int, taps: int, lanes: int, magnitude: Int64, gamma: Int64, start: int) -> int:
     rows, columns = q.shape
     signs = np.full((27, 2), 3, np.int64)
     sign_class = np.zeros((columns + 1, min(lanes, rows)), np.int64)  # of this block, by column; the last row stays 0

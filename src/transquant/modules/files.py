@@ -16,8 +16,9 @@ def load_safetensors(path: str | PathLike[str]) -> dict[str, Tensor]:
     if not fspath(path).endswith(".safetensors"):
         raise InputError(f"cannot read weights from {fspath(path)}: allowed are .safetensors files")
     try:
-        return load_file(path)
+        tensors: dict[str, Tensor] = load_file(path)
     except OSError as error:
         raise InputError(f"cannot read {fspath(path)}: {error.strerror or error}") from None
     except SafetensorError as error:
         raise InputError(f"{fspath(path)} is not a valid .safetensors file: {error}") from None
+    return tensors

@@ -54,9 +54,7 @@ def batches_of(calibration: Iterable[Any]) -> list[Any]:
     try:
         batches = list(calibration)
     except TypeError:
-        raise InputError(
-            f"calibration is a {type(calibration).__name__}, allowed is any iterable of batches, or None"
-        ) from None
+        raise InputError(f"calibration is a {type(calibration).__name__}, allowed is any iterable of batches, or None") from None
     batches = [b[0] if isinstance(b, tuple | list) and len(b) and isinstance(b[0], Tensor) else b for b in batches]
     if not batches:
         raise InputError("calibration has no batches")
@@ -76,7 +74,7 @@ def micro_batches(batches: Iterable[Any]) -> Iterator[Any]:
     for batch in batches:
         if isinstance(batch, Tensor) and batch.ndim > 0:
             if held and held[0].shape[1:] != batch.shape[1:]:
-                yield from torch.cat(held).split(_size(held[0]))
+                yield from _cut(torch.cat(held))
                 held = []
             held.append(batch)
             continue
@@ -88,13 +86,18 @@ def micro_batches(batches: Iterable[Any]) -> Iterator[Any]:
         else:
             yield batch
     if held:
-        yield from torch.cat(held).split(_size(held[0]))
+        yield from _cut(torch.cat(held))
 
 
 def num_samples(batch: Any) -> int:
     """Samples of a batch: the first dimension of its first tensor."""
     first = next(_leaves(batch), None)
     return len(first) if first is not None and first.ndim else 1
+
+
+def _cut(tensor: Tensor) -> list[Tensor]:
+    size = _size(tensor)
+    return [tensor[a : a + size] for a in range(0, len(tensor), size)]
 
 
 def _size(tensor: Tensor) -> int:

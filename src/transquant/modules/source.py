@@ -31,9 +31,7 @@ def gather(plan: Plan, state: Mapping[str, Tensor]) -> tuple[dict[str, FloatArra
 
 def batchnorm_equivalent(spec: BatchNormSpec, state: Mapping[str, Tensor]) -> tuple[FloatArray, FloatArray]:
     """Scale γ/√(σ²+eps) and shift β − μ·scale, float64 (C,): all that a BatchNorm does in eval mode."""
-    weight, bias, mean, variance = (
-        _array(state[spec.key(k)]) for k in ("weight", "bias", "running_mean", "running_var")
-    )
+    weight, bias, mean, variance = (_array(state[spec.key(k)]) for k in ("weight", "bias", "running_mean", "running_var"))
     scale = weight / np.sqrt(variance + spec.eps)
     return scale, bias - mean * scale
 

@@ -28,14 +28,20 @@ def plan_model(model: nn.Module) -> Plan:
     and a model without a weight to code."""
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}, allowed are an nn.Module, a state dict, or a .safetensors path")
-    owners = {name: module for name, module in model.named_modules(remove_duplicate=False)}
+    owners = dict(model.named_modules(remove_duplicate=False))
     specs: list[Spec] = []
     first_names: dict[object, str] = {}
     batchnorms: set[str] = set()
     total = 0
     for key, value in _tensors(model.state_dict(keep_vars=True)).items():
         owner, _, attribute = key.rpartition(".")
-        if owner in batchnorms and attribute in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+        if owner in batchnorms and attribute in (
+            "weight",
+            "bias",
+            "running_mean",
+            "running_var",
+            "num_batches_tracked",
+        ):
             continue
         if (first := first_names.get(_identity(value))) is not None:
             specs.append(AliasSpec(key, first))
@@ -130,7 +136,9 @@ def _tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if isinstance(value, UninitializedParameter | UninitializedBuffer):
             raise InputError(f"parameter {key!r} is not initialised yet: run the model once before compressing it")
         if value.layout != torch.strided or value.is_quantized or value.dtype not in RAW_DTYPES or value.is_meta:
-            raise InputError(f"tensor {key!r} is {value.layout}, {value.dtype}, on {value.device}: only dense tensors can be stored")
+            raise InputError(
+                f"tensor {key!r} is {value.layout}, {value.dtype}, on {value.device}: only dense tensors can be stored"
+            )
         if value.ndim > 8:
             raise InputError(f"tensor {key!r} has {value.ndim} dimensions, allowed are at most 8")
         if (value.is_floating_point() or value.is_complex()) and not bool(torch.isfinite(value.detach()).all()):

@@ -118,11 +118,11 @@ def _feedback_block(target, weight, step_size, left, right, dead_zone, shrink_on
     for j in range(columns - 1, -1, -1):
         for i in range(rows):
             u[i] = target[i, j]
-        for l in range(j + 1, columns):
-            factor = right[l, j]
+        for m in range(j + 1, columns):
+            factor = right[m, j]
             if factor != 0.0:
                 for i in range(rows):
-                    u[i] += factor * carried[l, i]
+                    u[i] += factor * carried[m, i]
         before = u.copy()
         for i in range(rows - 1, -1, -1):
             step = step_size[i, j]

@@ -161,10 +161,10 @@ class _Collector:
         samples = len(output)
         seen = [layer for layer in self.layers if layer.input is not None and layer.output is not None]
         return _Partial(
-            {l.spec.name: l.input.cpu() for l in seen if l.input is not None},
-            {l.spec.name: l.output.cpu() for l in seen if l.output is not None},
-            {l.spec.name: l.positions for l in seen},
-            {l.spec.name: [self._energy(l.spec.name) / samples] for l in seen},
+            {layer.spec.name: layer.input.cpu() for layer in seen if layer.input is not None},
+            {layer.spec.name: layer.output.cpu() for layer in seen if layer.output is not None},
+            {layer.spec.name: layer.positions for layer in seen},
+            {layer.spec.name: [self._energy(layer.spec.name) / samples] for layer in seen},
             self._vector_gradients(),
             samples,
             unit(output, metric),
@@ -186,8 +186,8 @@ class _Collector:
             if scale is None or shift is None:
                 continue
             # y = s·x + t with x = x̂·√(σ²+eps) + μ: dL/ds = dL/dγ·√(σ²+eps) + μ·dL/dβ
-            deviation = (module.running_var.double() + norm.eps).sqrt()  # type: ignore[operator,union-attr]
-            by_scale = scale.double() * deviation + module.running_mean.double() * shift.double()  # type: ignore[operator,union-attr]
+            deviation = (module.running_var.double() + norm.eps).sqrt()
+            by_scale = scale.double() * deviation + module.running_mean.double() * shift.double()
             squares[norm.key("weight")] = by_scale.square().cpu()
             squares[norm.key("bias")] = shift.double().square().cpu()
         return squares

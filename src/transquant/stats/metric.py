@@ -1,8 +1,8 @@
 """The output measures and the random direction whose one backward pass stands for all of them.
 
-    kl    nats a prediction: KL(float ‖ quantized) of the predicted distributions, outputs (N, C) or (N, T, V).
-          Direction: gradient of Σ log p(y), y drawn from the model. KL ≈ ½ E[(∇ · Δ)²], hence the factor ½.
-    mse   mean squared error an output value. Direction: a random ±1 a value, E[(v · JΔ)²] = ‖JΔ‖².
+kl    nats a prediction: KL(float ‖ quantized) of the predicted distributions, outputs (N, C) or (N, T, V).
+      Direction: gradient of Σ log p(y), y drawn from the model. KL ≈ ½ E[(∇ · Δ)²], hence the factor ½.
+mse   mean squared error an output value. Direction: a random ±1 a value, E[(v · JΔ)²] = ‖JΔ‖².
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ METRICS = ("kl", "mse", "weights")
 
 
 def resolve(metric: str, output: Tensor) -> str:
-    """"kl" or "mse" for an output (N, ...). Raises InputError where KL has no meaning."""
+    """ "kl" or "mse" for an output (N, ...). Raises InputError where KL has no meaning."""
     fits = output.ndim in (2, 3) and output.shape[-1] >= 2
     if metric == "kl" and not fits:
         raise InputError(f"metric 'kl' needs an output of shape (N, C) or (N, T, V), the model's is {tuple(output.shape)}")

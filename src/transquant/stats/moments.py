@@ -68,7 +68,7 @@ class LayerMoments:
         if self.spec.kind == "embedding":
             counts = torch.bincount(x.reshape(-1), minlength=self.spec.shape[0]).double()
             self.output = counts[None] if self.output is None else self.output + counts[None]
-            result.register_hook(self._embedding_gradient)
+            result.register_hook(self._embedding_gradient)  # type: ignore[no-untyped-call]
             return
         patches = self._patches(x)  # (N, g, n, T)
         stride = -(-patches.shape[3] // POSITIONS) | 1
@@ -80,7 +80,7 @@ class LayerMoments:
             raise InputError(f"layer {self.spec.module!r} has NaN or infinite inputs on a calibration batch")
         self.input = moment if self.input is None else self.input + moment
         self.positions += columns.shape[2]
-        result.register_hook(self._gradient)
+        result.register_hook(self._gradient)  # type: ignore[no-untyped-call]
 
     def _patches(self, x: Tensor) -> Tensor:
         module = self.module
@@ -94,8 +94,8 @@ class LayerMoments:
             x = functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
             padding: tuple[int, ...] = (0, 0)
         else:
-            padding = module.padding  # type: ignore[assignment]
-        unfolded = functional.unfold(x, module.kernel_size, module.dilation, padding, module.stride)  # type: ignore[arg-type]
+            padding = module.padding
+        unfolded = functional.unfold(x, module.kernel_size, module.dilation, padding, module.stride)
         return unfolded.view(len(x), module.groups, -1, unfolded.shape[-1])
 
     def _input_moment(self, columns: Tensor) -> Tensor:

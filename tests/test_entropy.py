@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from transquant.entropy import lanes, lanes_for, portable, tables
+from transquant.errors import CorruptFile
+from transquant.records import Plane
+
+
+def shapes_of(planes: list[Plane]) -> list[tuple[int, int, int, int, int]]:
+    return [(*p.symbols.shape, p.kind, p.width, p.taps) for p in planes]
+
+
+def round_trip(planes: list[Plane], num_lanes: int) -> tuple[bytes, list[float]]:
+    data, bits = lanes.encode_planes(planes, num_lanes)
+    compiled, bits_again = lanes.decode_planes(data, shapes_of(planes), num_lanes)
+    plain = portable.decode_planes(data, shapes_of(planes), num_lanes)
+    for plane, one, two in zip(planes, compiled, plain, strict=True):
+        np.testing.assert_array_equal(plane.symbols, one)
+        np.testing.assert_array_equal(plane.symbols, two)
+    assert bits == bits_again
+    return data, bits
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(0, 20), columns=st.integers(0, 40), log_lanes=st.integers(0, 5), seed=st.integers(0, 2**31),
+    spread=st.sampled_from([0.1, 1.0, 5.0, 300.0, 1e5]), kind=st.integers(0, 2), taps=st.sampled_from([(1, 1), (3, 9), (2, 2), (1, 3)]),
+)  # fmt: skip
+def test_both_decoders_give_back_what_was_encoded(rows, columns, log_lanes, seed, spread, kind, taps):
+    rng = np.random.default_rng(seed)
+    symbols = np.clip(np.rint(rng.laplace(0, spread, (rows, columns))), -tables.MAX_SYMBOL, tables.MAX_SYMBOL).astype(np.int32)
+    round_trip([Plane(symbols, kind, *taps), Plane(symbols[:1], 2), Plane(symbols, kind, *taps)], 1 << log_lanes)
+
+
+@pytest.mark.parametrize("value", [0, 1, -1, 17, 18, 19, 1000, tables.MAX_SYMBOL, -tables.MAX_SYMBOL])
+def test_constant_planes(value):
+    round_trip([Plane(np.full((5, 33), value, np.int32), 0)], 4)
+
+
+def test_mixture_of_small_and_extreme():
+    symbols = np.zeros((40, 50), np.int32)
+    symbols[::7, ::5] = tables.MAX_SYMBOL
+    symbols[3::9, 1::6] = -70_000
+    round_trip([Plane(symbols, 0, 1, 1)], 16)
+
+
+def test_rate_is_close_to_entropy_and_information_content_close_to_bytes(rng):
+    symbols = np.rint(rng.normal(0, 1.2, (512, 512))).astype(np.int32)
+    data, bits = round_trip([Plane(symbols, 0)], 64)
+    _, counts = np.unique(symbols, return_counts=True)
+    p = counts / counts.sum()
+    entropy = -(p * np.log2(p)).sum() * symbols.size
+    assert entropy < 8 * len(data) < 1.006 * entropy
+    assert sum(bits) < 8 * len(data) < sum(bits) * 1.001 + 64 * 24
+
+
+def test_contexts_find_rows_and_columns_of_different_scale(rng):
+    scale = np.exp(rng.normal(0, 1, (256, 1)) + rng.normal(0, 1, (1, 256)))
+    symbols = np.rint(rng.normal(0, 1, (256, 256)) * scale).astype(np.int32)
+    data, _ = round_trip([Plane(symbols, 0)], 1)
+    _, counts = np.unique(symbols, return_counts=True)
+    p = counts / counts.sum()
+    assert 8 * len(data) < 0.92 * -(p * np.log2(p)).sum() * symbols.size
+
+
+def test_golden_bytes():
+    symbols = (np.arange(600, dtype=np.int32).reshape(20, 30) * 7919 % 23 - 11) // 4
+    planes = [Plane(symbols[:1], 1), Plane(symbols, 0, 3, 9), Plane(symbols[3:4] * 900, 2)]
+    data, _ = round_trip(planes, 8)
+    assert (len(data), hashlib.sha256(data).hexdigest()[:16]) == GOLDEN
+
+
+GOLDEN = (0, "")
+
+
+def test_damage_is_found(rng):
+    symbols = np.rint(rng.normal(0, 2, (30, 30))).astype(np.int32)
+    shapes = [(30, 30, 0, 1, 1)]
+    data, _ = lanes.encode_planes([Plane(symbols, 0)], 4)
+    for bad in (data[:-2], data + b"\0\0", data[:-1], data[:7], b"", b"\0" * len(data)):
+        for decode in (lanes.decode_planes, portable.decode_planes):
+            with pytest.raises(CorruptFile):
+                decode(bad, shapes, 4)
+    found = 0
+    for k in range(0, len(data), 3):
+        bad = bytearray(data)
+        bad[k] ^= 1 << (k % 8)
+        outcomes = []
+        for decode in (lanes.decode_planes, portable.decode_planes):
+            try:
+                decode(bytes(bad), shapes, 4)
+                outcomes.append("ok")
+            except CorruptFile:
+                outcomes.append("corrupt")
+        assert outcomes[0] == outcomes[1]
+        found += outcomes[0] == "corrupt"
+    assert found == len(range(0, len(data), 3))  # four states of 16 known bits each
+
+
+def test_the_rans_core_agrees_with_an_independent_coder():
+    constriction = pytest.importorskip("constriction")
+    rng = np.random.default_rng(3)
+    symbols = np.rint(rng.normal(0, 1.5, 20_000)).astype(np.int32)
+    model = constriction.stream.model.QuantizedGaussian(-50, 50, 0.0, 1.5)
+    coder = constriction.stream.stack.AnsCoder()
+    coder.encode_reverse(symbols, model)
+    theirs = coder.num_bits()
+    ours = 8 * len(lanes.encode_planes([Plane(symbols.reshape(100, 200), 0)], 1)[0])
+    assert ours < 1.015 * theirs  # they know the law, we learn it
+
+
+@pytest.mark.parametrize(("values", "largest", "expected"), [(100, 100, 1), (270_000, 36_864, 8), (1 << 20, 1 << 20, 256)])
+def test_lanes_follow_the_size(values, largest, expected):
+    assert lanes_for(values, largest) == expected

@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from transquant import grid
+from transquant.allocation.search import largest_feasible, meet_size
+from transquant.allocation.steps import Grouping, matrix_steps
+from transquant.errors import CorruptFile
+from transquant.quantizers.feedback import Rounding, quantize_feedback
+from transquant.quantizers.metric import Damping, factor, noise_level, quadratic_form, regularise, wiener
+
+
+def moment(rng, side, condition=100.0):
+    basis, _ = np.linalg.qr(rng.normal(size=(side, side)))
+    return (basis * np.geomspace(1, condition, side)) @ basis.T
+
+
+def naive_feedback(weight, step, left, right, rounding):
+    rows, columns = weight.shape
+    symbols, error = np.zeros((rows, columns), int), np.zeros((rows, columns))
+    for j in range(columns - 1, -1, -1):
+        for i in range(rows - 1, -1, -1):
+            u = weight[i, j] + left[i:, i] @ error[i:, j:] @ right[j:, j]
+            size = abs(u) / step[i, j]
+            q = 0 if size < rounding.dead_zone else int(size + 1 - rounding.dead_zone)
+            value = 0.0 if q == 0 else q - rounding.offsets[0 if q == 1 else 1] / 64
+            symbols[i, j] = q if u >= 0 else -q
+            error[i, j] = weight[i, j] - np.sign(u) * value * step[i, j]
+    return symbols, error
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 9), (64, 64), (70, 131), (130, 65)])
+def test_blocks_equal_the_formula(rng, rows, columns):
+    weight, step = rng.normal(size=(rows, columns)), rng.uniform(0.3, 1, (rows, columns))
+    left, right = factor(moment(rng, rows)).lower[0], factor(moment(rng, columns)).lower[0]
+    rounding = Rounding(0.6, (-6, 3))
+    symbols, error = quantize_feedback(weight, step, left, right, rounding)
+    expected = naive_feedback(weight, step, left, right, rounding)
+    np.testing.assert_array_equal(symbols, expected[0])
+    np.testing.assert_allclose(error, expected[1], atol=1e-9)
+
+
+def test_distortion_is_that_of_independent_coefficients(rng):
+    a, g = moment(rng, 90), moment(rng, 70)
+    weight, c = 30 * rng.normal(size=(70, 90)), 0.5
+    fa, fg = factor(a), factor(g)
+    step = c / np.sqrt(fg.diagonal[:, None] * fa.diagonal)
+    _, error = quantize_feedback(weight, step, fg.lower[0], fa.lower[0], Rounding(0.5))
+    distortion = quadratic_form(error, a, g)
+    assert distortion == pytest.approx(weight.size * c**2 / 12, rel=0.05)
+    plain = weight - np.rint(weight / 0.05) * 0.05  # the same mean step in log
+    mean_step = np.exp(np.log(step).mean())
+    plain = weight - np.rint(weight / mean_step) * mean_step
+    assert distortion < 0.2 * quadratic_form(plain, a, g)
+
+
+def test_one_sided_and_diagonal_factors(rng):
+    weight, step = rng.normal(size=(20, 30)), np.full((20, 30), 0.5)
+    right = factor(moment(rng, 30)).lower[0]
+    one, _ = quantize_feedback(weight, step, None, right, Rounding())
+    two, _ = quantize_feedback(weight, step, np.eye(20), right, Rounding())
+    np.testing.assert_array_equal(one, two)
+    plain, error = quantize_feedback(weight, step, None, None, Rounding())
+    np.testing.assert_array_equal(plain, np.rint(weight / 0.5))
+    np.testing.assert_allclose(error, weight - plain * 0.5)
+
+
+def test_factor_of_full_block_and_diagonal_moments(rng):
+    a = moment(rng, 12)
+    full = factor(a)
+    np.testing.assert_allclose((full.lower[0] * full.diagonal) @ full.lower[0].T, a)
+    blocks = np.stack([moment(rng, 4), moment(rng, 4)])
+    parts = factor(blocks)
+    assert len(parts.lower) == 2
+    np.testing.assert_allclose((parts.lower[1] * parts.diagonal[4:]) @ parts.lower[1].T, blocks[1])
+    assert factor(np.ones(5)).lower is None
+    singular = np.ones((6, 6))
+    assert (factor(singular).diagonal > 0).all()
+
+
+def test_quadratic_form_of_the_three_kinds_of_moment(rng):
+    error = rng.normal(size=(5, 8))
+    a, g = np.stack([moment(rng, 4), moment(rng, 4)]), moment(rng, 5)
+    full = np.zeros((8, 8))
+    full[:4, :4], full[4:, 4:] = a
+    expected = np.trace(g @ error @ full @ error.T)
+    assert quadratic_form(error, a, g) == pytest.approx(expected)
+    assert quadratic_form(error, full, g) == pytest.approx(expected)
+    d, e = rng.uniform(1, 2, 8), rng.uniform(1, 2, 5)
+    assert quadratic_form(error, d, e) == pytest.approx(np.trace(np.diag(e) @ error @ np.diag(d) @ error.T))
+
+
+def test_wiener_filter_solves_its_equation(rng):
+    a, g, weight, tau = moment(rng, 9), moment(rng, 6), rng.normal(size=(6, 9)), 0.7
+    star = wiener(weight, a, g, tau)
+    np.testing.assert_allclose(g @ star @ a + tau * star, g @ weight @ a, atol=1e-9)
+
+
+def test_noise_level_matches_the_trace(rng):
+    a, g, water, variance = moment(rng, 9), moment(rng, 6), 0.3, 0.5
+    mean_in, mean_out = np.trace(a) / 9, np.trace(g) / 6
+    r = noise_level(Damping(noise=1.0), water, variance, mean_in, mean_out)
+    trace = np.trace(np.kron(regularise(g, r), regularise(a, r)))
+    assert trace == pytest.approx(np.trace(np.kron(g, a)) + water / variance * 54)
+
+
+def test_dequantization_is_exact(rng):
+    symbols = np.array([[0, 1, -1, 2, -2, 1 << 19, -((1 << 20) - 1)]], np.int32)
+    step, offsets = (3001, -30), (5, -9)
+    for qp in (-37, -2, 0, 3, 41):
+        t = grid.total_index(qp, None, None, 1)
+        values = grid.dequantize(symbols, step, t, offsets)
+        for symbol, value in zip(symbols[0], values[0], strict=True):
+            size = abs(int(symbol))
+            numerator = 64 * size - (offsets[min(size, 2) - 1] if size else 0)
+            exact = Fraction(int(np.sign(symbol)) * numerator * 3001 * int(grid.QUARTERS[qp % 4])) * Fraction(2) ** (-30 + qp // 4 - 20)
+            assert value == np.float32(float(exact))
+    with pytest.raises(CorruptFile):
+        grid.dequantize(symbols, (4095, 60), grid.total_index(400, None, None, 1), offsets)
+
+
+def test_global_step_is_the_nearest(rng):
+    for value in 2.0 ** rng.uniform(-40, 20, 200):
+        mantissa, exponent = grid.global_step(value)
+        assert 2048 <= mantissa <= 4095
+        assert abs(mantissa * 2.0**exponent - value) <= 0.51 * 2.0**exponent
+    assert grid.steps((2048, -11), np.array([[0, 4, -2]])).tolist() == [[1.0, 2.0, 23170 / 32768]]
+
+
+def test_steps_share_the_distortion_equally(rng):
+    d_out, d_in = rng.uniform(0.1, 10, (1, 50)), rng.uniform(0.1, 10, (1, 45))
+    plan = matrix_steps(d_out, d_in, 9, Grouping("rc", 1.0))
+    t = grid.total_index(plan.qp, plan.row_exponents, plan.column_exponents, 9)
+    share = grid.steps((2048, -11), t) ** 2 * d_out.T * d_in
+    columns = d_in.reshape(5, 9)
+    floor = np.exp(np.log(columns).mean(1).repeat(9))  # what one step a column group cannot follow
+    spread = np.log2(share / (d_in / floor))
+    assert np.abs(spread).max() < 0.5 + 0.5 + 0.25 + 1e-6
+    assert matrix_steps(np.ones((1, 4)), np.ones((1, 9)), 9, Grouping("rc", 1.0)).row_exponents is None
+
+
+def test_equal_slopes_beat_every_other_allocation():
+    """Brute force over step exponents of three tensors: the rule Δ ∝ 1/√h has the least D + λR at high rate."""
+    h, variance = np.array([0.3, 5.0, 40.0]), np.array([1.0, 0.2, 0.01])
+    c = 0.05
+    rule = np.log2(c / np.sqrt(h))
+    lmbda = c**2 * np.log(2) / 6  # −dD/dR of Δ²h/12 at the rule
+
+    def cost(log_step):
+        rate = 0.5 * np.log2(2 * np.pi * np.e * variance) - log_step
+        return (h * 4.0**log_step / 12 + lmbda * rate).sum()
+
+    best = min(np.array(np.meshgrid(*[np.arange(-2, 2.01, 0.125)] * 3)).reshape(3, -1).T, key=lambda d: cost(rule + d))
+    np.testing.assert_array_equal(best, 0)
+
+
+def test_size_search_lands_inside_its_window():
+    def size(c):
+        return 1000 + 50_000 * np.log2(1 + 1 / c) // 1
+
+    for target in (2000, 33_333, 300_000):
+        found = meet_size(size, target, 0.004 * target, 1.0, 10_000)
+        assert found.feasible
+        assert 0.996 * target <= found.value <= target
+    assert not meet_size(size, 900, 9, 1.0, 10_000).feasible
+
+
+def test_search_survives_a_staircase():
+    found = meet_size(lambda c: 1000 * round(10 / c), 4500, 10, 1.0, 1000)
+    assert found.feasible
+    assert found.value == 4000
+
+
+def test_largest_feasible():
+    found = largest_feasible(lambda c: c <= 7.3, 0.01, 0.01)
+    assert 7.2 < found.c <= 7.3
+    assert not largest_feasible(lambda c: False, 1.0, 0.01).feasible
