@@ -76,7 +76,7 @@ def test_golden_bytes():
     assert (len(data), hashlib.sha256(data).hexdigest()[:16]) == GOLDEN
 
 
-GOLDEN = (0, "")
+GOLDEN = (266, "1ea90a549640aa55")
 
 
 def test_damage_is_found(rng):

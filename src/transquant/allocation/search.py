@@ -30,6 +30,7 @@ def meet_size(
     low: tuple[float, float] | None = None  # log2 c with a size above the target
     high: tuple[float, float] | None = None  # log2 c with a size of at most the target
     best: tuple[float, float] | None = None
+    last: tuple[float, float] | None = None
     smallest = (float("inf"), log2(start))
     x = log2(start)
     aim = target - slack / 2
@@ -53,8 +54,11 @@ def meet_size(
             share = (low[1] - aim) / max(low[1] - high[1], 1e-9)
             x = low[0] + width * min(max(share, 0.04), 0.96)
         else:
-            step = (size - aim) / max(slope, 1e-9)
-            x += min(max(step, -4.0), 4.0) if abs(step) > 0.02 else (0.02 if size > target else -0.02)
+            if last is not None and abs(last[0] - x) > 1e-9 and (last[1] - size) / (x - last[0]) > 0:
+                slope = (last[1] - size) / (x - last[0])
+            last = (x, size)
+            step = 1.1 * (size - aim) / max(slope, 1e-9)  # a little too far, to get the target between two points
+            x += min(max(step, -4.0), 4.0) if abs(step) > 0.01 else (0.01 if size > target else -0.01)
             if not -160 < x < 160:
                 break
     if best is None:
