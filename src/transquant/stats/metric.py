@@ -29,9 +29,9 @@ def direction(output: Tensor, metric: str, generator: torch.Generator) -> Tensor
     if metric == "mse":
         signs = torch.randint(0, 2, output.shape, generator=generator).to(output.device) * 2 - 1
         return (output * signs).sum()
-    logits = output.reshape(-1, output.shape[-1]).log_softmax(1)
-    labels = torch.multinomial(logits.detach().exp().cpu(), 1, generator=generator).to(output.device)
-    return logits.gather(1, labels).sum()
+    p = output.detach().softmax(-1)
+    signed = p.sqrt() * (torch.randint(0, 2, p.shape, generator=generator).to(p.device) * 2 - 1)
+    return (output * (signed - p * signed.sum(-1, keepdim=True))).sum()
 
 
 def unit(output: Tensor, metric: str) -> float:
