@@ -21,13 +21,14 @@ class Reference:
     def __init__(self, model: nn.Module, batches: Sequence[Any], run: Run, pool: Workers, metric: str) -> None:
         self.batches, self.run, self.pool, self.metric = list(batches), run, pool, metric
         self._models = [copy_model(model) for _ in range(pool.count)]
+        self._state = {k: v.detach().clone() for k, v in model.state_dict().items()}
         self._outputs = self._all_outputs()
 
     def distortion(self, state: Mapping[str, Tensor]) -> float:
         """Mean distance of the outputs with these weights (keys that are left out keep the float model's), in units of
         the metric. Not finite outputs count as infinitely far."""
         for model in self._models:
-            model.load_state_dict(dict(state), strict=False)
+            model.load_state_dict({**self._state, **state}, strict=False)
         total, count = 0.0, 0
         for reference, output in zip(self._outputs, self._all_outputs(), strict=True):
             part, number = distance(reference, output, self.metric)
