@@ -29,8 +29,8 @@ class SmallNet(nn.Module):
         return self.linear(self.norm(x.mean((2, 3))))
 
 
-@pytest.fixture
-def net() -> SmallNet:
+def make_net() -> SmallNet:
+    """The same small network in every test, in eval mode."""
     torch.manual_seed(0)
     model = SmallNet()
     with torch.no_grad():
@@ -40,6 +40,11 @@ def net() -> SmallNet:
         model.bn.bias.normal_()
         model.linear.weight.mul_(4)
     return model.eval()
+
+
+@pytest.fixture
+def net() -> SmallNet:
+    return make_net()
 
 
 @pytest.fixture

@@ -19,24 +19,22 @@ from torch import Tensor, nn
 
 from transquant import bitstream, modules
 from transquant.accounting import file_report, report_of
-from transquant.allocation.search import largest_feasible, meet_size
 from transquant.container import read_container, read_file, write_file
-from transquant.encoder import Choice, Draft, Encoder, Source
+from transquant.encoder import Encoder, Source
 from transquant.entropy.lanes import decode_planes
-from transquant.errors import InputError, TargetError
+from transquant.errors import InputError
 from transquant.guard import unchanged
-from transquant.records import Coded, Container, IntArray, Limits, Plan, Report, Statistics, WeightSpec
+from transquant.records import Coded, Container, IntArray, Limits, Plan, Report, Statistics
 from transquant.stats import Reference, collect, weight_statistics
 from transquant.stats.metric import METRICS
-from transquant.targets import Target, parse_target
-from transquant.tuning import Tuner, choose
+from transquant.target_search import TargetSearch
+from transquant.targets import parse_target
 from transquant.workers import Workers, workers
 
 Progress = Callable[[str, int, int], None]
 M = TypeVar("M", bound=nn.Module)
 
 HELD_BACK = 512  # samples, at most, and at most a fifth
-COARSEST = 2.0**100  # a scalar c at which every symbol is zero
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +96,7 @@ def compress(
     Files are at most the asked size and at most 1 % (or 64 bytes) smaller. The same input, options and seed give the same
     file, whatever the number of threads. Raises InputError, TargetError.
     """
-    _check_options(metric, transform, objective, effort)
+    _check_options(metric, transform, objective, effort, seed)
     say = progress or (lambda stage, done, total: None)
     given = {"bits": bits, "size": size, "ratio": ratio, "distortion": distortion, "step": step, "max_drop": max_drop}
     module, state, plan = _open(model, overrides)
@@ -111,10 +109,10 @@ def compress(
     with unchanged(module), workers() as pool:
         source = Source(*modules.gather(plan, state))
         stats, reference = _calibrate(module, calibration, plan, source, metric, forward, output, seed, pool, say)
-        search = _Search(Encoder(plan, source, stats, pool), reference, module, target, effort, say)
+        search = TargetSearch(Encoder(plan, source, stats, pool), reference, module, target, effort, say)
         draft, choice = search.run()
         measured = reference.distortion(draft.state()) if reference else None
-        encoded = search.encode(draft)
+        encoded = search.encoder.encode(draft)
     settings = {"target": {k: v for k, v in given.items() if v is not None and k != "max_drop"}, "seed": seed, "effort": effort,
                 "choice": choice, "c": draft.c, "samples": stats.samples}  # fmt: skip
     report = report_of(plan, stats, draft, encoded, measured, settings)
@@ -157,7 +155,7 @@ def _tensors(arrays: Mapping[str, np.ndarray], container: Container) -> dict[str
     return tensors
 
 
-def _check_options(metric: str, transform: str, objective: str, effort: int) -> None:
+def _check_options(metric: str, transform: str, objective: str, effort: int, seed: int) -> None:
     if metric not in ("auto", *METRICS):
         raise InputError(f"metric is {metric!r}, allowed are 'auto', {', '.join(map(repr, METRICS))}")
     if transform not in ("auto", "identity"):
@@ -166,6 +164,8 @@ def _check_options(metric: str, transform: str, objective: str, effort: int) -> 
         raise InputError(f"objective is {objective!r}, allowed is 'bytes'")
     if isinstance(effort, bool) or not isinstance(effort, int) or not 1 <= effort <= 9:
         raise InputError(f"effort is {effort!r}, allowed are integers 1 to 9")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise InputError(f"seed is {seed!r}, allowed are integers from 0")
 
 
 def _open(model: Any, overrides: Mapping[str, Any] | None) -> tuple[nn.Module | None, Mapping[str, Tensor], Plan]:
@@ -201,99 +201,3 @@ def _calibrate(
 
     stats = collect(module, used, plan, run, pool, metric, seed, progress=lambda done, total: say("statistics", done, total))
     return stats, Reference(module, held, run_any, pool, stats.metric)
-
-
-class _Search:
-    """From a target to a draft: the best choice first, then the scalar c."""
-
-    def __init__(
-        self,
-        encoder: Encoder,
-        reference: Reference | None,
-        module: nn.Module | None,
-        target: Target,
-        effort: int,
-        say: Progress,
-    ) -> None:
-        self.encoder, self.reference, self.module, self.target, self.say = encoder, reference, module, target, say
-        self.effort = effort
-        weights = [encoder.source.values[s.name] for s in encoder.plan.specs if isinstance(s, WeightSpec)]
-        self.num_values = sum(w.size for w in weights)
-        self.work = float(sum(w.size * sum(w.shape) for w in weights))
-
-    def run(self) -> tuple[Draft, Choice]:
-        """The final draft and what was chosen for it."""
-        choice = Choice()
-        if self.target.kind == "step":
-            return self.encoder.draft(self.target.value, choice), choice
-        if self.target.kind == "bytes":
-            start = self._start(self.target.value)
-            choice, start = self._tuned(choice, self.target.value, start)
-            return self._meet_bytes(choice, start), choice
-        draft = self._meet_quality(choice, self.encoder.first_guess(self.num_values / 4))
-        choice, start = self._tuned(choice, self.size(draft), draft.c)
-        return self._meet_quality(choice, start), choice
-
-    def encode(self, draft: Draft) -> bitstream.EncodedFile:
-        """The draft's file, with each tensor's share of the distortion in its metadata."""
-        return self.encoder.encode(draft)
-
-    def size(self, draft: Draft) -> int:
-        """Bytes of a draft's file."""
-        return len(self.encode(draft).data)
-
-    def _start(self, target_bytes: float) -> float:
-        """A first c; raises TargetError if even the coarsest file is larger than asked."""
-        smallest = self.size(self.encoder.draft(COARSEST, Choice()))
-        if smallest > target_bytes:
-            raise TargetError(f"a file of {target_bytes:.0f} bytes cannot be reached: the smallest takes {smallest} bytes")
-        return self.encoder.first_guess(max(target_bytes - smallest, 1))
-
-    def _tuned(self, choice: Choice, target_bytes: float, start: float) -> tuple[Choice, float]:
-        if self.reference is None or self.effort < 3:
-            return choice, start
-        tuner = Tuner(self.encoder.draft, self.size, self._distortion, target_bytes, self.num_values)
-        return choose(tuner, start, self.work, lambda done, total: self.say("tuning", done, total))
-
-    def _distortion(self, draft: Draft) -> float:
-        return self.reference.distortion(draft.state()) if self.reference else draft.predicted
-
-    def _meet_bytes(self, choice: Choice, start: float) -> Draft:
-        drafts: dict[float, Draft] = {}
-
-        def size_of(c: float) -> float:
-            drafts[c] = self.encoder.draft(c, choice)
-            self.say("search", len(drafts), 0)
-            return self.size(drafts[c])
-
-        found = meet_size(size_of, self.target.value, 0.4 * self.target.slack, start, self.num_values / 10)
-        if not found.feasible:
-            raise TargetError(
-                f"a file of {self.target.value:.0f} bytes cannot be reached: the smallest found takes {found.value:.0f} bytes"
-            )
-        return drafts[found.c]
-
-    def _meet_quality(self, choice: Choice, start: float) -> Draft:
-        """The coarsest draft within the allowed distortion or drop."""
-        tries = 0
-
-        def good_enough(c: float) -> bool:
-            nonlocal tries
-            tries += 1
-            self.say("search", tries, 0)
-            return self._worse_by(self.encoder.draft(c, choice)) <= self.target.value
-
-        found = largest_feasible(good_enough, start, 0.02)
-        if not found.feasible:
-            raise TargetError(f"no step was found at which the {self.target.kind} stays within {self.target.value}")
-        return self.encoder.draft(found.c, choice)
-
-    def _worse_by(self, draft: Draft) -> float:
-        if self.target.evaluate is None or self.module is None:
-            return self._distortion(draft)
-        from transquant.stats.collect import copy_model
-
-        twin = copy_model(self.module)
-        base = float(self.target.evaluate(twin))
-        twin.load_state_dict(draft.state(), strict=False)
-        return base - float(self.target.evaluate(twin.eval()))

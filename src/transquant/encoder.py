@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import ceil, log2
 
 import numpy as np
 import torch
@@ -57,6 +58,7 @@ from transquant.workers import Workers
 
 IDLE_STEP = 0.25  # of a tensor's rms: for weights that calibration never reached
 FINE_STEP = 1 / 64  # of a vector's rms, likewise
+LARGEST_SYMBOL = MAX_SYMBOL / 8
 WIENER_SIDE = 2048  # no eigenbases above this side length
 
 
@@ -181,6 +183,9 @@ class Encoder:
             choice.grouping,
         )  # fmt: skip
         sizes = steps(step, total_index(plan.qp, plan.row_exponents, plan.column_exponents, entry.taps))
+        if coarser := _quarter_octaves(np.abs(weight) / sizes):
+            plan = replace(plan, qp=plan.qp + coarser)
+            sizes = steps(step, total_index(plan.qp, plan.row_exponents, plan.column_exponents, entry.taps))
         sizes = np.broadcast_to(sizes, weight.shape).reshape(blocks.shape)
         symbols = np.empty(blocks.shape, np.int32)
         distortion = 0.0
@@ -210,8 +215,9 @@ class Encoder:
             qp = nearest_qp(max(FINE_STEP * float(np.sqrt(np.mean(vector**2))), 1e-30) / c)
         else:
             qp = vector_qp(sensitivity)
+        qp += _quarter_octaves(np.abs(vector) / float(steps(step, np.array([[qp]]))[0, 0]))
         size = float(steps(step, np.array([[qp]]))[0, 0])
-        symbols = np.clip(np.rint(vector / size), -MAX_SYMBOL, MAX_SYMBOL).astype(np.int32)
+        symbols = np.rint(vector / size).astype(np.int32)
         error = vector - symbols * size
         return qp, symbols, float(np.sum(sensitivity.reshape(-1) * error**2))
 
@@ -252,6 +258,12 @@ def _quantize(
         symbols[:, part], error = quantize_feedback(columns, sizes[:, part], lower_out, lower_in, rounding)
         decoded[:, part] = columns - error
     return symbols, decoded
+
+
+def _quarter_octaves(magnitudes: FloatArray) -> int:
+    """By how much a step index must grow so that symbols stay well inside the format's range; feedback needs some room."""
+    largest = float(magnitudes.max(initial=0.0))
+    return max(0, ceil(4 * log2(largest / LARGEST_SYMBOL))) if largest > 0 else 0
 
 
 def _mean_level(stats: LayerStats) -> float:

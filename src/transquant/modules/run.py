@@ -60,6 +60,8 @@ def batches_of(calibration: Iterable[Any]) -> list[Any]:
         raise InputError("calibration has no batches")
     for batch in batches:
         for tensor in _leaves(batch):
+            if tensor.ndim > 0 and len(tensor) == 0:
+                raise InputError(f"a calibration batch of shape {tuple(tensor.shape)} has no samples")
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise InputError("a calibration batch has NaN or infinite values")
     return batches

@@ -1,7 +1,9 @@
 """The output measures and the random direction whose one backward pass stands for all of them.
 
 kl    nats a prediction: KL(float ‖ quantized) of the predicted distributions, outputs (N, C) or (N, T, V).
-      Direction: gradient of Σ log p(y), y drawn from the model. KL ≈ ½ E[(∇ · Δ)²], hence the factor ½.
+      Direction: v = √p·ε − p·Σ√p·ε with random signs ε, so that E[v vᵀ] = diag(p) − p pᵀ, the Fisher matrix of the logits,
+      and KL ≈ ½ E[(v · Δ)²]. Labels drawn from the model give the same mean with more noise: a confident network draws
+      the same label nearly always, and a rare other one with a large gradient.
 mse   mean squared error an output value. Direction: a random ±1 a value, E[(v · JΔ)²] = ‖JΔ‖².
 """
 

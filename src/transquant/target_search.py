@@ -1,0 +1,124 @@
+"""From a target to a draft of the file: the best choice first, then the scalar c that meets the target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor, nn
+
+from transquant.allocation.search import largest_feasible, meet_size
+from transquant.encoder import Choice, Draft, Encoder
+from transquant.errors import InputError, TargetError
+from transquant.records import WeightSpec
+from transquant.stats import Reference, copy_model
+from transquant.targets import Target
+from transquant.tuning import Tuner, choose
+
+COARSEST = 2.0**100  # a scalar c at which every symbol is zero
+
+Progress = Callable[[str, int, int], None]
+
+
+class TargetSearch:
+    """From a target to a draft: the best choice first, then the scalar c."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        reference: Reference | None,
+        module: nn.Module | None,
+        target: Target,
+        effort: int,
+        say: Progress,
+    ) -> None:
+        self.encoder, self.reference, self.module, self.target, self.say = encoder, reference, module, target, say
+        self.effort = effort
+        self._float_score: float | None = None
+        weights = [encoder.source.values[s.name] for s in encoder.plan.specs if isinstance(s, WeightSpec)]
+        self.num_values = sum(w.size for w in weights)
+        self.work = float(sum(w.size * sum(w.shape) for w in weights))
+
+    def run(self) -> tuple[Draft, Choice]:
+        """The final draft and what was chosen for it."""
+        choice = Choice()
+        if self.target.kind == "step":
+            return self.encoder.draft(self.target.value, choice), choice
+        if self.target.kind == "bytes":
+            start = self._start(self.target.value)
+            choice, start = self._tuned(choice, self.target.value, start)
+            return self._meet_bytes(choice, start), choice
+        draft = self._meet_quality(choice, self.encoder.first_guess(self.num_values / 4))
+        choice, start = self._tuned(choice, self.size(draft), draft.c)
+        return self._meet_quality(choice, start), choice
+
+    def size(self, draft: Draft) -> int:
+        """Bytes of a draft's file."""
+        return len(self.encoder.encode(draft).data)
+
+    def _start(self, target_bytes: float) -> float:
+        """A first c; raises TargetError if even the coarsest file is larger than asked."""
+        smallest = self.size(self.encoder.draft(COARSEST, Choice()))
+        if smallest > target_bytes:
+            raise TargetError(f"a file of {target_bytes:.0f} bytes cannot be reached: the smallest takes {smallest} bytes")
+        return self.encoder.first_guess(max(target_bytes - smallest, 1))
+
+    def _tuned(self, choice: Choice, target_bytes: float, start: float) -> tuple[Choice, float]:
+        if self.reference is None or self.effort < 3:
+            return choice, start
+        tuner = Tuner(self.encoder.draft, self.size, self._distortion, target_bytes, self.num_values)
+        return choose(tuner, start, self.work, lambda done, total: self.say("tuning", done, total))
+
+    def _distortion(self, draft: Draft) -> float:
+        return self.reference.distortion(draft.state()) if self.reference else draft.predicted
+
+    def _meet_bytes(self, choice: Choice, start: float) -> Draft:
+        drafts: dict[float, Draft] = {}
+
+        def size_of(c: float) -> float:
+            drafts[c] = self.encoder.draft(c, choice)
+            self.say("search", len(drafts), 0)
+            return self.size(drafts[c])
+
+        found = meet_size(size_of, self.target.value, 0.4 * self.target.slack, start, self.num_values / 10)
+        if not found.feasible:
+            raise TargetError(
+                f"a file of {self.target.value:.0f} bytes cannot be reached: the smallest found takes {found.value:.0f} bytes"
+            )
+        return drafts[found.c]
+
+    def _meet_quality(self, choice: Choice, start: float) -> Draft:
+        """The coarsest draft within the allowed distortion or drop."""
+        tries = 0
+
+        def good_enough(c: float) -> bool:
+            nonlocal tries
+            tries += 1
+            self.say("search", tries, 0)
+            return self._worse_by(self.encoder.draft(c, choice)) <= self.target.value
+
+        found = largest_feasible(good_enough, start, 0.02)
+        if not found.feasible:
+            raise TargetError(f"no step was found at which the {self.target.kind} stays within {self.target.value}")
+        return self.encoder.draft(found.c, choice)
+
+    def _worse_by(self, draft: Draft) -> float:
+        """Measured distortion, or how many points the caller's score falls."""
+        if self.target.evaluate is None or self.module is None:
+            return self._distortion(draft)
+        if self._float_score is None:
+            self._float_score = self._score({})
+        return self._float_score - self._score(draft.state())
+
+    def _score(self, state: Mapping[str, Tensor]) -> float:
+        assert self.target.evaluate is not None
+        assert self.module is not None
+        twin = copy_model(self.module)
+        twin.load_state_dict(dict(state), strict=False)
+        score = self.target.evaluate(twin)
+        try:
+            number = float(score)
+        except (TypeError, ValueError):
+            number = float("nan")
+        if number != number:
+            raise InputError(f"evaluate returned {score!r}, allowed are numbers, higher is better")
+        return number
