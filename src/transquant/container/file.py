@@ -61,7 +61,7 @@ def header_bytes(data: bytes) -> int:
         raise CorruptFile(f"this is not a transquant file: it begins with {found}, expected {MAGIC.hex(' ')}")
     _, version, flags, raw_length, header_length, _ = _FIXED.unpack_from(data)
     if version != VERSION or flags:
-        raise UnsupportedVersion(f"the file has format version {version}, flags {flags}; this release reads version 1")
+        raise UnsupportedVersion(f"the file has format version {version}, flags {flags}, which needs a newer version of transquant")
     if raw_length > MAX_HEADER:
         raise LimitExceeded(f"the header would take {raw_length} bytes, the format allows {MAX_HEADER}")
     if _FIXED.size + header_length > len(data):
