@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Callable
+from functools import wraps
 
 import typer
 
@@ -23,8 +25,25 @@ app = typer.Typer(
     help="Make trained neural networks small: one file of the size you ask for, bit-exact decoding.",
     epilog=EXIT_CODES,
 )
+
+
+class _Interrupted(Exception):
+    """Control-C, in a form that the parser does not answer by itself."""
+
+
+def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
+    @wraps(command)
+    def run(*arguments: object, **options: object) -> None:
+        try:
+            command(*arguments, **options)
+        except (KeyboardInterrupt, EOFError):
+            raise _Interrupted from None
+
+    return run
+
+
 for name, command in commands.COMMANDS.items():
-    app.command(name)(command)
+    app.command(name)(_interruptible(command))
 
 
 @app.callback(invoke_without_command=True)
@@ -38,10 +57,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with a documented code."""
     given = sys.argv[1:] if arguments is None else arguments
     try:
-        app(given)
+        app(given, prog_name="transquant")
     except TransquantError as error:
         _fail(str(error), error.exit_code, given)
-    except (KeyboardInterrupt, EOFError):
+    except (KeyboardInterrupt, _Interrupted):
         _fail("interrupted; nothing was written", 130, given)
     except MemoryError:
         _fail("out of memory", 1, given)

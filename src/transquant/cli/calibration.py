@@ -58,7 +58,10 @@ def load_data(source: str, option: str, how: Preprocessing) -> Data:
     if path.suffix == ".npz":
         return _npz(path, option, how)
     if ".py:" in source:
-        return Data(call(source, option), None)
+        batches = call(source, option)
+        if batches is None:
+            raise InputError(f"{option}: {source} returned nothing, expected an iterable of batches")
+        return Data(batches, None)
     if not path.exists():
         raise InputError(f"{option}: there is no file or folder {source}")
     raise InputError(f"{option} is {source}, expected an image folder, FILE.npz, or FILE.py:FUNCTION")
