@@ -14,16 +14,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from transquant import errors
-from transquant.records import Limits
+from transquant.records import Limits, Report
 
 if TYPE_CHECKING:
     from transquant import reader
     from transquant.codec import CompressedModel, compress, load
 
 __version__ = "0.1.0"
-__all__ = ["CompressedModel", "Limits", "__version__", "compress", "errors", "load", "reader"]
+__all__ = ["CompressedModel", "Limits", "Report", "__version__", "compress", "errors", "load", "reader"]
 
 _LAZY = {"compress": "codec", "load": "codec", "CompressedModel": "codec", "reader": ""}
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))
 
 
 def __getattr__(name: str) -> Any:

@@ -26,6 +26,7 @@ from transquant.quantizers.feedback import Rounding, quantize_feedback
 from transquant.quantizers.metric import (
     Damping,
     Factor,
+    centred,
     factor,
     mean_diagonal,
     noise_level,
@@ -114,6 +115,11 @@ class Encoder:
 
     def __init__(self, plan: Plan, source: Source, stats: Statistics, pool: Workers) -> None:
         self.plan, self.source, self.stats, self.pool = plan, source, stats, pool
+        own_bias = {s.name.removesuffix("bias") for s in plan.specs if isinstance(s, VectorSpec) and s.name.endswith("bias")}
+        self.layers = {
+            name: centred(layer) if name.removesuffix("weight") in own_bias else replace(layer, input_mean=None)
+            for name, layer in stats.layers.items()
+        }
 
     def draft(self, c: float, choice: Choice) -> Draft:
         """Quantize everything with scalar c, rounded to the format's grid."""
@@ -124,16 +130,17 @@ class Encoder:
         weights.sort(key=lambda s: -np.prod(s.shape[:1]) * np.prod(s.shape))  # long ones first
         results = self.pool.map(lambda s: self._weight(s, c, step, choice), weights)
         done = {spec.name: result for spec, result in zip(weights, results, strict=True)}
+        shifts = {f"{name.removesuffix('weight')}bias": shift for name, (_, _, shift) in done.items() if shift is not None}
         coded: dict[str, Coded] = {}
         entries: list[Entry] = []
         distortions: dict[str, float] = {}
         for spec in specs:
             if isinstance(spec, WeightSpec):
-                tensor, distortions[spec.name] = done[spec.name]
+                tensor, distortions[spec.name], _ = done[spec.name]
                 coded[spec.name] = tensor
                 entries.append(tensor.entry)
             elif isinstance(spec, VectorSpec):
-                qp, symbols, distortions[spec.name] = self._vector(spec.name, spec.name, c, step)
+                qp, symbols, distortions[spec.name] = self._vector(spec.name, spec.name, c, step, shifts.get(spec.name))
                 entry = CodedEntry(spec.name, spec.shape, spec.dtype, qp)
                 coded[spec.name] = CodedTensor(entry, symbols.reshape(entry.rows, entry.columns))
                 entries.append(entry)
@@ -167,13 +174,15 @@ class Encoder:
                 counts.append(weight.size)
         return first_guess(8 * target_bytes, np.array(variances), np.array(sensitivities), np.array(counts, np.float64))
 
-    def _weight(self, spec: WeightSpec, c: float, step: tuple[int, int], choice: Choice) -> tuple[CodedTensor, float]:
-        """One weight: its symbols and predicted distortion."""
+    def _weight(
+        self, spec: WeightSpec, c: float, step: tuple[int, int], choice: Choice
+    ) -> tuple[CodedTensor, float, FloatArray | None]:
+        """One weight: its symbols, predicted distortion, and float64 (O,) what the layer's bias must add, or None."""
         weight = self.source.values[spec.name]
-        stats = self.stats.layers[spec.name]
+        stats = self.layers[spec.name]
         entry = CodedEntry(spec.name, spec.shape, spec.dtype)
         if not (stats.input_moment.any() and stats.output_moment.any()):
-            return self._idle_weight(entry, weight, c, step), 0.0
+            return self._idle_weight(entry, weight, c, step), 0.0, None
         moments = [_live(stats, k) for k in range(len(stats.input_moment))]
         blocks = weight.reshape(len(moments), -1, weight.shape[1])
         variance = float(np.mean(weight**2))
@@ -189,14 +198,18 @@ class Encoder:
         sizes = np.broadcast_to(sizes, weight.shape).reshape(blocks.shape)
         symbols = np.empty(blocks.shape, np.int32)
         distortion = 0.0
+        shift = None if stats.input_mean is None else np.zeros(blocks.shape[:2])
         for k, (a, g) in enumerate(moments):
             target = _target(blocks[k], a, g, variance, c, choice.damping)
             symbols[k], decoded = _quantize(target, sizes[k], *factors[k], choice.rounding)
-            distortion += quadratic_form(blocks[k] - decoded, stats.input_moment[k], stats.output_moment[k])
+            error = blocks[k] - decoded
+            distortion += quadratic_form(error, stats.input_moment[k], stats.output_moment[k])
+            if shift is not None and stats.input_mean is not None:
+                shift[k] = error @ stats.input_mean[k]
         has = ("r" if plan.row_exponents is not None else "") + ("c" if plan.column_exponents is not None else "")
         entry = replace(entry, qp=plan.qp, recon_offsets=choice.rounding.offsets, groups=has)  # type: ignore[arg-type]
         tensor = CodedTensor(entry, symbols.reshape(weight.shape), plan.row_exponents, plan.column_exponents)
-        return tensor, distortion
+        return tensor, distortion, None if shift is None else shift.reshape(-1)
 
     @staticmethod
     def _idle_weight(entry: CodedEntry, weight: FloatArray, c: float, step: tuple[int, int]) -> CodedTensor:
@@ -206,9 +219,13 @@ class Encoder:
         symbols, _ = quantize_feedback(weight, sizes, None, None, Rounding())
         return CodedTensor(replace(entry, qp=qp), symbols)
 
-    def _vector(self, name: str, key: str, c: float, step: tuple[int, int]) -> tuple[int, IntArray, float]:
-        """One vector with one step: step index, symbols int32 (C,), predicted distortion."""
+    def _vector(
+        self, name: str, key: str, c: float, step: tuple[int, int], shift: FloatArray | None = None
+    ) -> tuple[int, IntArray, float]:
+        """One vector, plus `shift`, with one step: step index, symbols int32 (C,), predicted distortion."""
         vector = self.source.values[name].reshape(-1)
+        if shift is not None:
+            vector = vector + shift
         sensitivity = self.stats.vectors.get(key)
         if sensitivity is None or not sensitivity.any():
             sensitivity = np.zeros(vector.shape)

@@ -239,6 +239,7 @@ class LayerStats:
     of side m = n / b are kept; or (g, n) where only the diagonal is.
     `output_moment` float64 (g, o, o), *scaled* so that the predicted distortion of an error E of group k is
     tr(output_moment[k] E input_moment[k] Eᵀ); or (g, o) diagonal.
+    `input_mean` float64 (g, n), the mean of x over samples and positions; None where inputs have no mean (embeddings).
     `samples`: how many samples the moments saw. `gradient_energy`: E‖∇W‖² per sample, with its relative standard error."""
 
     input_moment: FloatArray
@@ -246,6 +247,7 @@ class LayerStats:
     samples: int
     gradient_energy: float
     gradient_energy_error: float
+    input_mean: FloatArray | None = None
 
 
 @dataclass(frozen=True, slots=True)

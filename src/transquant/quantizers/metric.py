@@ -12,12 +12,12 @@ The exact Wiener filter that belongs to this form, W* with G W* A + τ W* = G W 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from transquant.records import FloatArray
+from transquant.records import FloatArray, LayerStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,19 @@ def noise_level(damping: Damping, water_level: float, variance: float, mean_in: 
     if scale <= 0 or damping.noise <= 0:
         return 0.0
     return float(np.sqrt(1 + damping.noise * water_level / scale) - 1)
+
+
+def centred(stats: LayerStats) -> LayerStats:
+    """Input moments about the mean: where a layer has a bias, it makes up for the mean of the error, (W − Ŵ)·E[x]."""
+    import os
+    if stats.input_mean is None or os.environ.get("NOCENTRE"):
+        return replace(stats, input_mean=None)
+    mean, moment = stats.input_mean, stats.input_moment
+    if moment.ndim == 2:  # diagonals
+        return replace(stats, input_moment=np.maximum(moment - mean**2, 0))
+    if moment.ndim == 4:  # diagonal blocks
+        mean = mean.reshape(moment.shape[:3])
+    return replace(stats, input_moment=moment - mean[..., :, None] * mean[..., None, :])
 
 
 def mean_diagonal(moment: FloatArray) -> float:

@@ -34,6 +34,7 @@ class _Partial:
 
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
+    totals: dict[str, Tensor]
     positions: dict[str, int]
     energies: dict[str, list[float]]
     vectors: dict[str, Tensor]
@@ -41,7 +42,8 @@ class _Partial:
     unit: float
 
     def add(self, other: _Partial) -> None:
-        for mine, theirs in ((self.inputs, other.inputs), (self.outputs, other.outputs), (self.vectors, other.vectors)):
+        for part in ("inputs", "outputs", "totals", "vectors"):
+            mine, theirs = getattr(self, part), getattr(other, part)
             for name, value in theirs.items():
                 if name in mine:
                     mine[name] += value
@@ -163,6 +165,7 @@ class _Collector:
         return _Partial(
             {layer.spec.name: layer.input.cpu() for layer in seen if layer.input is not None},
             {layer.spec.name: layer.output.cpu() for layer in seen if layer.output is not None},
+            {layer.spec.name: layer.total.cpu() for layer in seen if layer.total is not None},
             {layer.spec.name: layer.positions for layer in seen},
             {layer.spec.name: [self._energy(layer.spec.name) / samples] for layer in seen},
             self._vector_gradients(),
@@ -203,7 +206,8 @@ def _layer_stats(spec: WeightSpec, total: _Partial, shape: Shape) -> LayerStats:
     error = float(energies.std(ddof=1) / len(energies) ** 0.5 / energy) if len(energies) > 1 and energy > 0 else 0.0
     traces = float((_traces(input_moment, shape.blocks > 0) * _traces(output_moment, _is_full(output_moment))).sum())
     scale = energy / traces * total.unit if traces > 0 else 0.0
-    return LayerStats(input_moment, output_moment * scale, total.samples, energy, error)
+    mean = total.totals[spec.name].numpy() / total.positions[spec.name] if spec.name in total.totals else None
+    return LayerStats(input_moment, output_moment * scale, total.samples, energy, error, mean)
 
 
 def _is_full(moment: FloatArray) -> bool:

@@ -59,6 +59,7 @@ class LayerMoments:
         self.offset = offset
         self.input: Tensor | None = None
         self.output: Tensor | None = None
+        self.total: Tensor | None = None
         self.positions = 0
 
     def _forward(self, module: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
@@ -79,6 +80,8 @@ class LayerMoments:
         if not bool(torch.isfinite(moment).all()):
             raise InputError(f"layer {self.spec.module!r} has NaN or infinite inputs on a calibration batch")
         self.input = moment if self.input is None else self.input + moment
+        total = columns.sum(2, dtype=torch.float64)
+        self.total = total if self.total is None else self.total + total
         self.positions += columns.shape[2]
         result.register_hook(self._gradient)  # type: ignore[no-untyped-call]
 
