@@ -6,7 +6,7 @@
 ResNet-20: calibrated on 2,048 training images, scored once on all 10,000 test images. SqueezeNet and MobileNetV1: two
 folds of the 1,000 sample images, calibrated on one half and scored on the other; mean of both folds. "plain" is rounding to
 nearest with one step a tensor, proportional to its root mean square, in the same file format and entropy coder.
-Writes benchmarks/main_job.json and prints a Markdown table.
+Writes benchmarks/main_job.json, the table in README.md and the picture docs/rate_distortion.png.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import copy
 import json
 import platform
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,12 @@ from torch import Tensor, nn
 
 import transquant as tq
 from networks import cifar10, imagenet_sample, logits, network
+from transquant.plots import write_curve
 
-JOBS = {"resnet20": (3.0, 2.0, 1.5, 1.0), "squeezenet": (3.0, 2.0), "mobilenet": (4.0,)}
+ROOT = Path(__file__).resolve().parents[1]
+JOBS = {"resnet20": (4.0, 3.0, 2.0, 1.5, 1.0), "squeezenet": (3.0, 2.0), "mobilenet": (4.0,)}
+TITLES = {"resnet20": "ResNet-20", "squeezenet": "SqueezeNet 1.1", "mobilenet": "MobileNetV1 0.25"}
+BEGIN, END = "<!-- table: benchmarks/main_job.py -->\n", "<!-- end of table -->\n"
 Fold = tuple[Tensor, Tensor, Tensor]  # calibration images, test images, test labels
 
 
@@ -56,14 +61,16 @@ def run(name: str, bits: float, calibrated: bool, data: list[Fold]) -> dict[str,
         start = time.perf_counter()
         compressed = tq.compress(model, calibration if calibrated else None, bits=bits)
         seconds.append(time.perf_counter() - start)
-        compressed.save("/tmp/main_job.tq")
-        decoded = tq.load("/tmp/main_job.tq").install(copy.deepcopy(model))
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "net.tq"
+            compressed.save(file)
+            sizes.append(file.stat().st_size)
+            decoded = tq.load(file).install(copy.deepcopy(model))
         drop, divergence = score(decoded, reference, images, labels)
         drops.append(drop)
         divergences.append(divergence)
         floats.append(100 * (reference.argmax(1) == labels).float().mean().item())
         report = compressed.report
-        sizes.append(Path("/tmp/main_job.tq").stat().st_size)
         share.append(100 * (report.header_bytes + report.side_info_bytes) / report.file_bytes)
     drop = torch.cat(drops)
     return {
@@ -73,6 +80,37 @@ def run(name: str, bits: float, calibrated: bool, data: list[Fold]) -> dict[str,
         "drop": 100 * drop.mean().item(), "standard_error": 100 * drop.std().item() / len(drop) ** 0.5,
         "kl": sum(divergences) / len(divergences), "seconds": max(seconds), "header_and_side_percent": max(share),
     }  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown, ours beside plain rounding."""
+    lines = [
+        "| network | bits/param | file, bytes | plain | **transquant** | float | drop ± s.e. | KL, nats | header + side | time |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["method"] == "transquant":
+            plain = next(r for r in rows if r["method"] == "plain" and (r["network"], r["bits"]) == (row["network"], row["bits"]))
+            lines.append(
+                f"| {TITLES[row['network']]} | {row['bits_per_parameter']:.2f} | {row['file_bytes']:,.0f} | {plain['top1']:.1f} | "
+                f"**{row['top1']:.2f}** | {row['float']:.2f} | {row['drop']:.2f} ± {row['standard_error']:.2f} | {row['kl']:.4f} | "
+                f"{row['header_and_side_percent']:.1f} % | {row['seconds']:.0f} s |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def publish(rows: list[dict[str, Any]]) -> None:
+    """Put the table into the README and draw ResNet-20's curve."""
+    readme = ROOT / "README.md"
+    before, _, rest = readme.read_text().partition(BEGIN)
+    readme.write_text(before + BEGIN + table(rows) + END + rest.partition(END)[2])
+    mine = [r for r in rows if r["network"] == "resnet20"]
+    curves = {
+        name: [(r["bits_per_parameter"], r["top1"]) for r in mine if r["method"] == method]
+        for name, method in (("transquant", "transquant"), ("plain rounding", "plain"))
+    }
+    if mine:
+        write_curve(ROOT / "docs" / "rate_distortion.png", curves, "top-1 accuracy (%)", floor=mine[0]["float"])
 
 
 def main() -> None:
@@ -85,18 +123,11 @@ def main() -> None:
             for calibrated in (False, True):
                 rows.append(run(name, bits, calibrated, data))
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    rows.sort(key=lambda r: (list(JOBS).index(r["network"]), -r["bits"], r["method"]))
     machine = {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     path.write_text(json.dumps({"command": "python benchmarks/main_job.py", "machine": machine, "rows": rows}, indent=1) + "\n")
-    print("| network | bits/param | file | plain | transquant | float | drop ± s.e. | KL | header + side | time |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    for row in rows:
-        if row["method"] == "transquant":
-            plain = next(r for r in rows if r["method"] == "plain" and (r["network"], r["bits"]) == (row["network"], row["bits"]))
-            print(
-                f"| {row['network']} | {row['bits_per_parameter']:.3f} | {row['file_bytes']:,.0f} | {plain['top1']:.2f} | "
-                f"**{row['top1']:.2f}** | {row['float']:.2f} | {row['drop']:.2f} ± {row['standard_error']:.2f} | {row['kl']:.4f} | "
-                f"{row['header_and_side_percent']:.1f} % | {row['seconds']:.0f} s |"
-            )
+    publish(rows)
+    print(table(rows))
 
 
 if __name__ == "__main__":

@@ -104,7 +104,13 @@ def test_the_list_of_errors_is_closed():
 
 
 def test_only_those_errors_are_raised():
-    allowed = set(exceptions()) | {"AssertionError", "KeyError", "SystemExit", "typer.Exit", "AttributeError"}  # the last for a missing attribute
+    allowed = set(exceptions()) | {
+        "AssertionError",
+        "KeyError",
+        "SystemExit",
+        "typer.Exit",
+        "AttributeError",
+    }  # the last for a missing attribute
     for path in modules():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
@@ -122,10 +128,28 @@ def test_public_names():
     names = {"compress", "load", "CompressedModel", "Limits", "Report", "errors", "reader", "__version__"}
     assert names <= set(dir(transquant))
     parameters = inspect.signature(transquant.compress).parameters
-    for name in ("model", "calibration", "bits", "size", "ratio", "distortion", "step", "max_drop", "metric", "transform", "objective"):
+    for name in (
+        "model",
+        "calibration",
+        "bits",
+        "size",
+        "ratio",
+        "distortion",
+        "step",
+        "max_drop",
+        "metric",
+        "transform",
+        "objective",
+    ):
         assert name in parameters
     defaults = {k: p.default for k, p in parameters.items()}
-    assert (defaults["metric"], defaults["transform"], defaults["objective"], defaults["effort"], defaults["seed"]) == ("auto", "auto", "bytes", 5, 0)
+    assert (defaults["metric"], defaults["transform"], defaults["objective"], defaults["effort"], defaults["seed"]) == (
+        "auto",
+        "auto",
+        "bytes",
+        5,
+        0,
+    )
 
 
 def test_public_functions_say_what_they_raise():

@@ -10,11 +10,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import make_net
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import transquant as tq
+from conftest import make_net
 from transquant.cli import main
 
 MODEL = """
@@ -106,7 +106,16 @@ def test_inspect_tells_where_every_byte_went(cli):
     cli("compress", *NET, "--bits", 5, "-o", "net.tq", "-q")
     code, out, _ = cli("inspect", "net.tq")
     assert code == 0
-    for word in ("weights", "side parameters", "side information", "header", "grouped.weight", "32x4x3x3", "identity", "linear.bias"):
+    for word in (
+        "weights",
+        "side parameters",
+        "side information",
+        "header",
+        "grouped.weight",
+        "32x4x3x3",
+        "identity",
+        "linear.bias",
+    ):
         assert word in out
 
 
@@ -135,7 +144,9 @@ def test_image_folders(cli, tmp_path):
     assert code == 0
     assert result["samples"] == 50
     assert set(result) == {"file", "file_bytes", "samples", "top1", "kl", "float_top1", "agreement"}
-    code, out, _ = cli("compress", *options[:4], "--calibration", "images", *options[4:], "--max-drop", 10, "-o", "drop.tq", "--json")
+    code, out, _ = cli(
+        "compress", *options[:4], "--calibration", "images", *options[4:], "--max-drop", 10, "-o", "drop.tq", "--json"
+    )
     assert code == 0
     small = json.loads(cli("evaluate", "drop.tq", *options, "--json")[1])
     assert small["float_top1"] - small["top1"] <= 10
@@ -144,11 +155,32 @@ def test_image_folders(cli, tmp_path):
 def test_sweep_writes_the_curve(cli, tmp_path):
     x = torch.randn(100, 3, 12, 12)
     np.savez(tmp_path / "data.npz", x=x.numpy(), y=make_net()(x).argmax(1).numpy())
-    code, out, _ = cli("sweep", "--model", "model.py:net", "--calibration", "data.npz", "--data", "data.npz", "--bits", "4,6", "-o", "curve.csv", "--effort", 1)
+    code, out, _ = cli(
+        "sweep",
+        "--model",
+        "model.py:net",
+        "--calibration",
+        "data.npz",
+        "--data",
+        "data.npz",
+        "--bits",
+        "4,6",
+        "-o",
+        "curve.csv",
+        "--effort",
+        1,
+    )
     assert code == 0
     lines = (tmp_path / "curve.csv").read_text().splitlines()
     assert out.splitlines() == lines
-    assert lines[0].split(",") == ["bits", "file_bytes", "bits_per_parameter", "predicted_distortion", "measured_distortion", "top1"]
+    assert lines[0].split(",") == [
+        "bits",
+        "file_bytes",
+        "bits_per_parameter",
+        "predicted_distortion",
+        "measured_distortion",
+        "top1",
+    ]
     rows = [[float(v) for v in line.split(",")] for line in lines[1:]]
     assert len(rows) == 2
     assert rows[0][1] < rows[1][1]
@@ -163,8 +195,8 @@ def test_demo(cli, tmp_path):
     result = json.loads(out)
     assert result["transquant"]["file_bytes"] == (tmp_path / "there" / "digits.tq").stat().st_size <= 1.5 * 21226 / 8
     assert result["float"]["top1"] > 98
-    assert result["transquant"]["top1"] > 95
-    assert result["transquant"]["top1"] > result["plain rounding"]["top1"] + 3
+    assert result["transquant"]["top1"] > 98
+    assert result["transquant"]["top1"] > result["plain rounding"]["top1"] + 10
     assert (tmp_path / "there" / "curve.png").exists()
 
 
@@ -213,7 +245,9 @@ BAD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("arguments", "code", "message"), BAD, ids=lambda v: " ".join(map(str, v)) if isinstance(v, tuple) else None)
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"), BAD, ids=lambda v: " ".join(map(str, v)) if isinstance(v, tuple) else None
+)
 def test_bad_input(cli, tmp_path, arguments, code, message):
     (tmp_path / "broken.py").write_text("def net(:\n")
     (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 nothing")

@@ -31,7 +31,7 @@ EXAMPLE = Container(
 def repack(header: bytes | dict, body: bytes = b"", **fixed) -> bytes:
     """A file around a header, with its checksum right."""
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
-    squeezed = fixed.get("squeezed", None) or (c := zlib.compressobj(9, zlib.DEFLATED, -15)).compress(raw) + c.flush()
+    squeezed = fixed.get("squeezed") or (c := zlib.compressobj(9, zlib.DEFLATED, -15)).compress(raw) + c.flush()
     lengths = struct.pack("<BBII", fixed.get("version", 1), fixed.get("flags", 0), fixed.get("raw_length", len(raw)), len(squeezed))
     return b"\x93TQ\n" + lengths + struct.pack("<I", zlib.crc32(lengths + squeezed)) + squeezed + body
 

@@ -23,6 +23,7 @@ COUNT = 1000
 @pytest.fixture(scope="module")
 def data():
     import torch
+
     from conftest import make_net
 
     images = torch.randn(160, 3, 12, 12, generator=torch.Generator().manual_seed(1))
@@ -211,7 +212,17 @@ def test_inflation_stops_at_the_declared_length(data):
 
 @pytest.mark.parametrize(
     "text",
-    [b"", b"{", b"[]", b"null", b'{"step": NaN}', b"[" * 2000, b'{"step":[2048,0],"step":[2048,0]}', b'{"step":' + b"9" * 5000 + b"}", b"\xff\xfe{}"],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'{"step": NaN}',
+        b"[" * 2000,
+        b'{"step":[2048,0],"step":[2048,0]}',
+        b'{"step":' + b"9" * 5000 + b"}",
+        b"\xff\xfe{}",
+    ],
 )
 def test_headers_that_are_no_headers(text):
     with pytest.raises(FileError):

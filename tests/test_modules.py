@@ -157,7 +157,9 @@ def test_micro_batches_do_not_depend_on_the_users_batches():
     assert [len(b["m"]) for b in words] == [32, 8]
 
 
-@pytest.mark.parametrize(("calibration", "message"), [([], "no batches"), (3, "int"), ([torch.full((2, 2), float("inf"))], "infinite")])
+@pytest.mark.parametrize(
+    ("calibration", "message"), [([], "no batches"), (3, "int"), ([torch.full((2, 2), float("inf"))], "infinite")]
+)
 def test_bad_calibration(calibration, message):
     with pytest.raises(InputError, match=message):
         batches_of(calibration)

@@ -116,7 +116,9 @@ def test_dequantization_is_exact(rng):
         for symbol, value in zip(symbols[0], values[0], strict=True):
             size = abs(int(symbol))
             numerator = 64 * size - (offsets[min(size, 2) - 1] if size else 0)
-            exact = Fraction(int(np.sign(symbol)) * numerator * 3001 * int(grid.QUARTERS[qp % 4])) * Fraction(2) ** (-30 + qp // 4 - 20)
+            exact = Fraction(int(np.sign(symbol)) * numerator * 3001 * int(grid.QUARTERS[qp % 4])) * Fraction(2) ** (
+                -30 + qp // 4 - 20
+            )
             assert value == np.float32(float(exact))
     with pytest.raises(CorruptFile):
         grid.dequantize(symbols, (4095, 60), grid.total_index(400, None, None, 1), offsets)

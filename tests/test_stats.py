@@ -110,7 +110,10 @@ def test_vector_sensitivities_by_finite_differences(net, images):
             deviation = (state["bn.running_var"] + spec.eps).sqrt()
             delta = 1e-4 * torch.randn(16, generator=generator, dtype=torch.float64)
             # scale s → s + δ at fixed shift t = β − μ s: γ grows by δ·√(σ²+eps), β by μ·δ
-            by_scale = {"bn.weight": state["bn.weight"] + delta * deviation, "bn.bias": state["bn.bias"] + delta * state["bn.running_mean"]}
+            by_scale = {
+                "bn.weight": state["bn.weight"] + delta * deviation,
+                "bn.bias": state["bn.bias"] + delta * state["bn.running_mean"],
+            }
             changes = [(by_scale, stats.vectors["bn.weight"]), ({"bn.bias": state["bn.bias"] + delta}, stats.vectors["bn.bias"])]
         else:
             continue
@@ -169,8 +172,13 @@ def test_large_sides_become_blocks_then_diagonals(net, images):
     assert b.input_moment.shape == (1, 2, 16, 16)
     np.testing.assert_allclose(b.input_moment[0, 1], a.input_moment[0, 16:, 16:])
     assert blocks.layers["conv.weight"].input_moment.shape == (1, 27)  # 27 columns have no blocks of 16 to 20
-    np.testing.assert_allclose(blocks.layers["conv.weight"].input_moment[0], np.diag(full.layers["conv.weight"].input_moment[0]), rtol=1e-5)
-    scale = {n: np.einsum("kii->k", s.output_moment).sum() if s.output_moment.ndim == 3 else s.output_moment.sum() for n, s in blocks.layers.items()}
+    np.testing.assert_allclose(
+        blocks.layers["conv.weight"].input_moment[0], np.diag(full.layers["conv.weight"].input_moment[0]), rtol=1e-5
+    )
+    scale = {
+        n: np.einsum("kii->k", s.output_moment).sum() if s.output_moment.ndim == 3 else s.output_moment.sum()
+        for n, s in blocks.layers.items()
+    }
     assert all(v > 0 for v in scale.values())
     spec = WeightSpec("w", "w", "linear", (1000, 5000), "float32")
     for limit in (1 << 30, 100 << 20, 10 << 20, 1 << 20, 50_000, 1):
@@ -184,10 +192,12 @@ def test_weights_as_the_metric(net):
     plan = plan_model(net)
     values, _ = gather(plan, net.state_dict())
     stats = weight_statistics(plan, values)
-    total = sum(v.size for v in values.values())
-    error = 0.1 * values["linear.weight"]
-    layer = stats.layers["linear.weight"]
-    assert np.sum(error**2 * layer.output_moment[0][:, None]) == pytest.approx(0.01 * 320 / total)
+    names = [s.name for s in plan.specs if isinstance(s, WeightSpec)]
+    predicted = sum(np.sum((0.1 * values[n]) ** 2 * stats.layers[n].output_moment[0][:, None]) for n in names)
+    assert predicted == pytest.approx(0.01)
+    count = sum(values[n].size for n in names)
+    error = 0.1 * values["conv.bias"]
+    assert np.sum(error**2 * stats.vectors["conv.bias"]) == pytest.approx(0.01 * 256 * 16 / count)
 
 
 def test_failures_say_what_is_wrong(net, images):

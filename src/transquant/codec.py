@@ -85,8 +85,8 @@ def compress(
     """Compress a trained network to a file of a given size.
 
     `model`: a module, a state dict, or a path to a .safetensors file; it is never changed. `calibration`: any iterable of
-    batches (tensor; tuple or list whose first element is the input; mapping of keyword inputs), or None: then the mean
-    relative error of the weights is the metric. Exactly one target: `bits` (8 · bytes of the file / parameters), `size`
+    batches (tensor; tuple or list whose first element is the input; mapping of keyword inputs), or None: then the
+    relative squared error of the weights is the metric. Exactly one target: `bits` (8 · bytes of the file / parameters), `size`
     (bytes, or "64KB", "64KiB"), `ratio` (bytes of the tensors / bytes of the file), `distortion` (measured, in units of the
     metric), `step` (the scalar c; no search), or `max_drop=(evaluate, points)`, where `evaluate(model) -> float`, higher is better.
     `metric`: "kl", "mse", "weights" or "auto". `overrides`: {name pattern: "exact"} stores matching tensors exactly.

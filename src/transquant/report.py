@@ -51,7 +51,7 @@ def _distortion_line(report: Report) -> str:
     unit = {
         "kl": "nats of KL divergence a prediction",
         "mse": "mean squared error an output value",
-        "weights": "mean relative squared error of the weights",
+        "weights": "relative squared error of the weights",
     }.get(report.metric, report.metric)
     parts = []
     if report.predicted_distortion is not None:

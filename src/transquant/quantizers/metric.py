@@ -49,9 +49,8 @@ def noise_level(damping: Damping, water_level: float, variance: float, mean_in: 
 
 def centred(stats: LayerStats) -> LayerStats:
     """Input moments about the mean: where a layer has a bias, it makes up for the mean of the error, (W − Ŵ)·E[x]."""
-    import os
-    if stats.input_mean is None or os.environ.get("NOCENTRE"):
-        return replace(stats, input_mean=None)
+    if stats.input_mean is None:
+        return stats
     mean, moment = stats.input_mean, stats.input_moment
     if moment.ndim == 2:  # diagonals
         return replace(stats, input_moment=np.maximum(moment - mean**2, 0))

@@ -26,6 +26,7 @@ Progress = Callable[[int, int], None]
 
 MAX_SIDE = 8192
 MEMORY_LIMIT = 6 << 30
+VECTOR_CARE = 256  # four bits more than a weight of the same relative size
 
 
 @dataclass(slots=True)
@@ -96,23 +97,30 @@ def collect(
 
 
 def weight_statistics(plan: Plan, values: Mapping[str, FloatArray]) -> Statistics:
-    """Statistics without calibration: the distortion is Σ ‖ΔW‖² / ‖W‖², each tensor weighted by its share of the values,
-    the mean relative error of the weights. `values` as from `modules.gather`."""
-    total = sum(v.size for v in values.values())
+    """Statistics without calibration: D = Σ ‖ΔW‖² / Σ ‖W‖² over all weights, so that every weight has the same step. A value
+    of a vector acts on a whole row at every position: its relative error counts as that of `VECTOR_CARE` weights. `values`
+    as from `modules.gather`. (Steps in proportion to each tensor's own size are far worse: docs/method.md.)"""
+    weights = [s for s in plan.specs if isinstance(s, WeightSpec)]
+    energy = float(sum(np.sum(values[s.name] ** 2) for s in weights))
+    count = sum(values[s.name].size for s in weights)
+    level = 1 / energy if energy > 0 else 0.0
     layers: dict[str, LayerStats] = {}
     vectors: dict[str, FloatArray] = {}
+
+    def add_vector(key: str, vector: FloatArray, shape: tuple[int, ...]) -> None:
+        square = float(np.mean(vector**2))
+        vectors[key] = np.full(shape, VECTOR_CARE / count / square if square > 0 else 0.0)
+
     for spec in plan.specs:
         if isinstance(spec, WeightSpec):
-            weight = values[spec.name]
-            rows, columns = weight.shape
-            level = _relative(weight, total)
+            rows, columns = values[spec.name].shape
             layers[spec.name] = LayerStats(np.ones((1, columns)), np.full((1, rows), level), 0, 0.0, 0.0)
         elif isinstance(spec, VectorSpec):
-            vectors[spec.name] = np.full(spec.shape, _relative(values[spec.name], total))
+            add_vector(spec.name, values[spec.name], spec.shape)
         elif isinstance(spec, BatchNormSpec):
             for part, attribute in (("scale", "weight"), ("shift", "bias")):
                 vector = values[f"{spec.name}.{part}"]
-                vectors[spec.key(attribute)] = np.full(vector.shape, _relative(vector, total))
+                add_vector(spec.key(attribute), vector, vector.shape)
     return Statistics(layers, vectors, "weights", 0)
 
 
@@ -219,9 +227,3 @@ def _traces(moment: FloatArray, full: bool) -> FloatArray:
     diagonal = np.einsum("...ii->...i", moment) if full else moment
     traces: FloatArray = diagonal.reshape(len(moment), -1).sum(1)
     return traces
-
-
-def _relative(array: FloatArray, total: int) -> float:
-    """Sensitivity of a tensor for the mean relative error: its share of the values over its energy."""
-    energy = float(np.sum(array**2))
-    return array.size / total / energy if energy > 0 else 0.0
