@@ -208,3 +208,30 @@ def test_failures_say_what_is_wrong(net, images):
     net.handle = (k for k in range(3))  # generators cannot be copied
     with pytest.raises(InputError, match="cannot be copied"):
         statistics(net, images)
+
+
+def test_tied_weights_take_the_moments_of_all_their_users():
+    class Tied(nn.Module):
+        def __init__(self, second):
+            super().__init__()
+            self.embedding, self.one, self.two = nn.Embedding(9, 4), nn.Linear(4, 4), second
+            self.two.weight = self.one.weight
+            self.head = nn.Linear(4, 9, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, ids):
+            return self.head(self.two(torch.tanh(self.one(self.embedding(ids)))))
+
+    torch.manual_seed(0)
+    model = Tied(nn.Linear(4, 4)).eval()
+    ids = torch.randint(0, 9, (40, 6))
+    stats = statistics(model, ids)
+    with torch.no_grad():
+        first = model.embedding(ids)
+        second = torch.tanh(model.one(first))
+        both = torch.cat([first, second]).reshape(-1, 4).double()
+        last = model.two(second).reshape(-1, 4).double()
+    np.testing.assert_allclose(stats.layers["one.weight"].input_moment[0], both.T @ both / len(both), rtol=1e-5)
+    # an embedding that is the output layer too is seen as the output layer
+    np.testing.assert_allclose(stats.layers["embedding.weight"].input_moment[0], last.T @ last / len(last), rtol=1e-5)
+    assert stats.layers["embedding.weight"].output_moment.shape == (1, 9, 9)

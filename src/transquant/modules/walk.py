@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -43,10 +44,11 @@ def plan_model(model: nn.Module) -> Plan:
             "num_batches_tracked",
         ):
             continue
+        module = owners.get(owner)
         if (first := first_names.get(_identity(value))) is not None:
+            specs = [_as_linear(s, owner, module) if s.name == first else s for s in specs]
             specs.append(AliasSpec(key, first))
             continue
-        module = owners.get(owner)
         if module is not None and _has_equivalent_set(module) and attribute == "weight":
             for name in ("weight", "bias", "running_mean", "running_var"):
                 tensor = getattr(module, name)
@@ -109,6 +111,13 @@ def _spec(key: str, attribute: str, owner: str, module: nn.Module | None, value:
     if (kind and attribute == "bias") or (isinstance(module, NORMS) and attribute in ("weight", "bias")):
         return VectorSpec(key, shape, dtype)
     return RawSpec(key, shape, dtype, f"no coder for {name}.{attribute}")
+
+
+def _as_linear(spec: Spec, owner: str, module: nn.Module | None) -> Spec:
+    """An embedding whose weights are a linear layer's too is seen as that layer: errors there reach every prediction."""
+    if isinstance(spec, WeightSpec) and spec.kind == "embedding" and isinstance(module, nn.Linear):
+        return replace(spec, module=owner, kind="linear")
+    return spec
 
 
 def _has_equivalent_set(module: nn.Module) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from transquant.errors import InputError
-from transquant.records import BatchNormSpec, FloatArray, LayerStats, Plan, Statistics, VectorSpec, WeightSpec
+from transquant.records import AliasSpec, BatchNormSpec, FloatArray, LayerStats, Plan, Statistics, VectorSpec, WeightSpec
 from transquant.stats.metric import direction, resolve, unit
 from transquant.stats.moments import LayerMoments, Shape, moment_shapes
 from transquant.workers import Workers
@@ -146,7 +146,11 @@ class _Collector:
         modules = dict(model.named_modules(remove_duplicate=False))
         specs = [s for s in plan.specs if isinstance(s, WeightSpec)]
         self.shapes = moment_shapes(specs, max_side, memory_limit)
-        self.layers = [LayerMoments(s, modules[s.module or ""], self.shapes[s.name]) for s in specs]
+        shared: dict[str, list[nn.Module]] = {}
+        for alias in plan.specs:
+            if isinstance(alias, AliasSpec):
+                shared.setdefault(alias.of, []).append(modules[alias.name.rpartition(".")[0]])
+        self.layers = [LayerMoments(s, _users(modules[s.module or ""], shared.get(s.name, [])), self.shapes[s.name]) for s in specs]
         self.vectors = [s for s in plan.specs if isinstance(s, VectorSpec)]
         self.batchnorms = [(s, modules[s.name]) for s in plan.specs if isinstance(s, BatchNormSpec)]
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -160,7 +164,7 @@ class _Collector:
         try:
             for layer in self.layers:
                 layer.reset(index)
-                handles.append(layer.attach())
+                handles += layer.attach()
             with torch.enable_grad():
                 output = self.run(self.model, batch)
                 resolve(metric, output)
@@ -202,6 +206,12 @@ class _Collector:
             squares[norm.key("weight")] = by_scale.square().cpu()
             squares[norm.key("bias")] = shift.double().square().cpu()
         return squares
+
+
+def _users(module: nn.Module, others: list[nn.Module]) -> list[nn.Module]:
+    """The modules whose calls count: the weight's own, and those of its class that are tied to it."""
+    unique = {id(m): m for m in (module, *others) if type(m) is type(module)}
+    return list(unique.values())
 
 
 def _layer_stats(spec: WeightSpec, total: _Partial, shape: Shape) -> LayerStats:

@@ -8,6 +8,7 @@ are dropped as soon as their moment is taken.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,16 +44,16 @@ class Shape:
 
 
 class LayerMoments:
-    """Collects the moments of one weight while a micro-batch runs forward and backward."""
+    """Collects the moments of one weight, over all modules that share it, while a micro-batch runs forward and backward."""
 
-    def __init__(self, spec: WeightSpec, module: nn.Module, shape: Shape) -> None:
-        self.spec, self.module, self.shape = spec, module, shape
+    def __init__(self, spec: WeightSpec, modules: Sequence[nn.Module], shape: Shape) -> None:
+        self.spec, self.modules, self.shape = spec, modules, shape
         self.offset = 0
         self.reset(0)
 
-    def attach(self) -> RemovableHandle:
-        """Hook the module; the caller removes the handle."""
-        return self.module.register_forward_hook(self._forward)
+    def attach(self) -> list[RemovableHandle]:
+        """Hook the modules; the caller removes the handles."""
+        return [module.register_forward_hook(self._forward) for module in self.modules]
 
     def reset(self, offset: int) -> None:
         """Forget everything; `offset` moves the grid of positions that are used."""
@@ -71,7 +72,7 @@ class LayerMoments:
             self.output = counts[None] if self.output is None else self.output + counts[None]
             result.register_hook(self._embedding_gradient)  # type: ignore[no-untyped-call]
             return
-        patches = self._patches(x)  # (N, g, n, T)
+        patches = _patches(module, x)  # (N, g, n, T)
         stride = -(-patches.shape[3] // POSITIONS) | 1
         if stride > 1:
             patches = patches[..., self.offset % stride :: stride]
@@ -85,22 +86,6 @@ class LayerMoments:
         self.positions += columns.shape[2]
         result.register_hook(self._gradient)  # type: ignore[no-untyped-call]
 
-    def _patches(self, x: Tensor) -> Tensor:
-        module = self.module
-        if not isinstance(module, nn.Conv2d):
-            return x.reshape(x.shape[0], -1, x.shape[-1]).transpose(1, 2)[:, None]
-        if x.ndim == 3:
-            x = x[None]
-        if module.padding_mode != "zeros" or isinstance(module.padding, str):
-            # PyTorch keeps the padding of each side in this order for exactly this call
-            mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-            x = functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-            padding: tuple[int, ...] = (0, 0)
-        else:
-            padding = module.padding
-        unfolded = functional.unfold(x, module.kernel_size, module.dilation, padding, module.stride)
-        return unfolded.view(len(x), module.groups, -1, unfolded.shape[-1])
-
     def _input_moment(self, columns: Tensor) -> Tensor:
         if self.shape.blocks == 0:
             return columns.square().sum(2, dtype=torch.float64)
@@ -110,7 +95,7 @@ class LayerMoments:
 
     def _gradient(self, gradient: Tensor) -> None:
         g = gradient.detach().float()
-        if isinstance(self.module, nn.Conv2d):
+        if self.spec.kind == "conv2d":
             g = g[None] if g.ndim == 3 else g
             g = g.flatten(2).view(len(g), self.shape.groups, self.shape.rows, -1).permute(1, 2, 0, 3).flatten(2)
         else:
@@ -123,6 +108,23 @@ class LayerMoments:
         moment = (g.T @ g).double()[None] if self.shape.blocks else g.square().sum(0, dtype=torch.float64)[None]
         self.input = moment if self.input is None else self.input + moment
         self.positions += len(g)
+
+
+def _patches(module: nn.Module, x: Tensor) -> Tensor:
+    """What each output position sees, (N, g, n, T)."""
+    if not isinstance(module, nn.Conv2d):
+        return x.reshape(x.shape[0], -1, x.shape[-1]).transpose(1, 2)[:, None]
+    if x.ndim == 3:
+        x = x[None]
+    if module.padding_mode != "zeros" or isinstance(module.padding, str):
+        # PyTorch keeps the padding of each side in this order for exactly this call
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x = functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+        padding: tuple[int, ...] = (0, 0)
+    else:
+        padding = module.padding
+    unfolded = functional.unfold(x, module.kernel_size, module.dilation, padding, module.stride)
+    return unfolded.view(len(x), module.groups, -1, unfolded.shape[-1])
 
 
 def moment_shapes(specs: list[WeightSpec], max_side: int, memory_limit: int) -> dict[str, Shape]:
