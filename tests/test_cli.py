@@ -186,6 +186,29 @@ def test_sweep_writes_the_curve(cli, tmp_path):
     assert rows[0][1] < rows[1][1]
     assert rows[0][4] > rows[1][4]
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    again = (
+        "sweep",
+        "--model",
+        "model.py:net",
+        "--calibration",
+        "data.npz",
+        "--data",
+        "data.npz",
+        "--bits",
+        "4,5",
+        "-o",
+        "curve.csv",
+        "--effort",
+        1,
+    )
+    assert cli(*again)[0] == 2
+    (tmp_path / "curve.csv").write_text("\n".join([lines[0], lines[1].replace(lines[1].split(",")[5], "12.5"), lines[2]]) + "\n")
+    code, out, _ = cli(*again, "--resume")
+    assert code == 0
+    assert [line.split(",")[0] for line in out.splitlines()[1:]] == ["4.0", "5.0", "6.0"]
+    assert out.splitlines()[1].endswith("12.5")  # kept, not computed again
+    (tmp_path / "curve.csv").write_text("something,else\n1,2\n")
+    assert "not the CSV" in cli(*again, "--resume")[2]
 
 
 def test_demo(cli, tmp_path):

@@ -175,14 +175,15 @@ def sweep(
     metric: Metric = "auto", effort: Effort = 5, seed: Seed = 0,
     resize: Resize = None, crop: Crop = None, mean: Mean = "0", std: Std = "1", scale: Scale = 255.0,
     limit: Limit = None, batch: Batch = 100,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the rates that the CSV has already.")] = False,
     as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False, force: Force = False,
 ) -> None:  # fmt: skip
     """Write the rate–distortion curve of a network as CSV and picture."""
     set_logging(quiet, verbose)
     if output.suffix != ".csv":
         raise InputError(f"the output is {output}, expected a name that ends in .csv")
-    _output(output, force)
-    _output(output.with_suffix(".png"), force)
+    for path in (output, output.with_suffix(".png")):
+        _output(path, force or resume)
     from transquant.cli.calibration import numbers
     from transquant.cli.models import load_model
     from transquant.cli.sweeping import sweep_rates
@@ -192,7 +193,7 @@ def sweep(
     samples, test = _data(calibration, "--calibration", *how), _data(data, "--data", *how)
     net = load_model(model, weights)
     with progress_bar(quiet or as_json) as progress:
-        rows = sweep_rates(net, samples, test, rates, metric, effort, seed, output, progress)
+        rows = sweep_rates(net, samples, test, rates, metric, effort, seed, output, resume, progress)
     if as_json:
         print_json(rows)
     elif not quiet:
