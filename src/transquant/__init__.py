@@ -14,7 +14,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from transquant import errors
-from transquant.records import Limits, Report
+from transquant.records import Limits
+from transquant.report import Report
 
 if TYPE_CHECKING:
     from transquant import reader

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from math import log2, prod
-from typing import TYPE_CHECKING, Any
+from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -13,33 +12,19 @@ from transquant import grid
 from transquant.bitstream import EncodedFile, split_bits
 from transquant.container import header_bytes
 from transquant.container.dtypes import DTYPES
+from transquant.encoder import Draft
+from transquant.metadata import read_distortions
 from transquant.records import (
     BatchNormEntry,
     CodedEntry,
     Container,
     Entry,
-    LayerReport,
     Plan,
     RawEntry,
     RawSpec,
-    Report,
     Statistics,
 )
-
-if TYPE_CHECKING:
-    from transquant.encoder import Draft
-
-_FIRST, _LAST = ord("!"), ord("~")
-
-
-def distortion_metadata(metric: str, distortions: Mapping[str, float]) -> dict[str, str]:
-    """What the file itself tells of its distortion: the metric, the predicted sum, and a character a coded entry for its
-    share, 4·log2 steps below one ("!" is all of it, "~" nearly nothing)."""
-    total = sum(distortions.values())
-    shares = "".join(
-        chr(min(_FIRST + round(-4 * log2(max(d, 1e-300) / total)), _LAST)) if total > 0 else "~" for d in distortions.values()
-    )
-    return {"distortion": f"{metric} {total:.3g}", "shares": shares}
+from transquant.report import LayerReport, Report
 
 
 def report_of(
@@ -67,12 +52,7 @@ def file_report(container: Container, data: bytes, plane_bits: Sequence[float]) 
     coded = [e for e in container.entries if isinstance(e, CodedEntry | BatchNormEntry)]
     bits = {name: (symbols, exponents) for name, symbols, exponents in split_bits(coded, plane_bits)}
     raw_bytes = sum(len(s.data) for s in container.sections if s.kind == "r")
-    metric, predicted = "unknown", None
-    word, _, number = container.metadata.get("distortion", "").partition(" ")
-    with suppress(ValueError):  # metadata is free text: another writer may say something else
-        metric, predicted = word or metric, float(number)
-    marks = container.metadata.get("shares", "")
-    shares = {e.name: 2 ** (-(ord(m) - _FIRST) / 4) for e, m in zip(coded, marks, strict=False)}
+    metric, predicted, shares = read_distortions(container.metadata, [e.name for e in coded])
     parameters = original = 0
     for entry in container.entries:
         values, size = _original(entry)

@@ -24,7 +24,8 @@ from transquant.encoder import Encoder, Source
 from transquant.entropy.lanes import decode_planes
 from transquant.errors import InputError
 from transquant.guard import unchanged
-from transquant.records import Coded, Container, IntArray, Limits, Plan, Report, Statistics
+from transquant.records import Coded, Container, IntArray, Limits, Plan, Statistics
+from transquant.report import Report
 from transquant.stats import Reference, collect, weight_statistics
 from transquant.stats.metric import METRICS
 from transquant.target_search import TargetSearch

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transquant.accounting import distortion_metadata
 from transquant.allocation.steps import Grouping, first_guess, matrix_steps, vector_qp
 from transquant.bitstream import EncodedFile, encode, values
 from transquant.entropy.lanes import encode_planes
 from transquant.entropy.tables import MAX_SYMBOL
 from transquant.grid import global_step, nearest_qp, steps, total_index
+from transquant.metadata import write_distortions
 from transquant.quantizers.feedback import Rounding, quantize_feedback
 from transquant.quantizers.metric import (
     Damping,
@@ -159,7 +159,7 @@ class Encoder:
 
     def encode(self, draft: Draft) -> EncodedFile:
         """The file of a draft, with what `inspect` tells of its distortion in the metadata."""
-        metadata = distortion_metadata(self.stats.metric, draft.distortions)
+        metadata = write_distortions(self.stats.metric, draft.distortions)
         return encode(draft.step, draft.entries, draft.coded, self.source.raw, encode_planes, metadata)
 
     def first_guess(self, target_bytes: float) -> float:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -260,58 +260,3 @@ class Statistics:
     vectors: Mapping[str, FloatArray]
     metric: str
     samples: int
-
-
-@dataclass(frozen=True, slots=True)
-class LayerReport:
-    """One row of the report. Bits are those of the file; `distortion_share` is the layer's part of the predicted sum."""
-
-    name: str
-    shape: tuple[int, ...]
-    kind: str
-    transform: str
-    num_values: int
-    payload_bits: float
-    side_bits: float
-    step: float | None
-    distortion_share: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What compress did; `str(report)` is the table, `as_dict()` the JSON."""
-
-    file_bytes: int
-    payload_bytes: int
-    side_parameter_bytes: int
-    side_info_bytes: int
-    header_bytes: int
-    original_bytes: int
-    num_parameters: int
-    metric: str
-    predicted_distortion: float | None
-    measured_distortion: float | None
-    layers: tuple[LayerReport, ...]
-    raw: tuple[tuple[str, str], ...]
-    settings: Mapping[str, Any]
-
-    @property
-    def bits_per_parameter(self) -> float:
-        """8 · file bytes / parameters."""
-        return 8 * self.file_bytes / max(self.num_parameters, 1)
-
-    @property
-    def compression_ratio(self) -> float:
-        """Original bytes / file bytes."""
-        return self.original_bytes / self.file_bytes
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        from transquant.report import report_dict
-
-        return report_dict(self)
-
-    def __str__(self) -> str:
-        from transquant.report import format_report
-
-        return format_report(self)

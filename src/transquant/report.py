@@ -1,15 +1,66 @@
-"""A report as text and as JSON-ready values; no torch."""
+"""The report of a compression: as a record, as text, as JSON-ready values; no torch."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from transquant.records import Report
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
-def format_report(report: Report) -> str:
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """One row of the report. Bits are those of the file; `distortion_share` is the layer's part of the predicted sum."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    transform: str
+    num_values: int
+    payload_bits: float
+    side_bits: float
+    step: float | None
+    distortion_share: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What compress did; `str(report)` is the table, `as_dict()` the JSON."""
+
+    file_bytes: int
+    payload_bytes: int
+    side_parameter_bytes: int
+    side_info_bytes: int
+    header_bytes: int
+    original_bytes: int
+    num_parameters: int
+    metric: str
+    predicted_distortion: float | None
+    measured_distortion: float | None
+    layers: tuple[LayerReport, ...]
+    raw: tuple[tuple[str, str], ...]
+    settings: Mapping[str, Any]
+
+    @property
+    def bits_per_parameter(self) -> float:
+        """8 · file bytes / parameters."""
+        return 8 * self.file_bytes / max(self.num_parameters, 1)
+
+    @property
+    def compression_ratio(self) -> float:
+        """Original bytes / file bytes."""
+        return self.original_bytes / self.file_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        value = asdict(self)
+        value["settings"] = {k: v if isinstance(v, int | float | str | dict) else str(v) for k, v in self.settings.items()}
+        return {"bits_per_parameter": self.bits_per_parameter, "compression_ratio": self.compression_ratio, **value}
+
+    def __str__(self) -> str:
+        return _text(self)
+
+
+def _text(report: Report) -> str:
     """Bytes on disk first, then where every byte went, then a line a layer."""
     lines = [
         f"{report.file_bytes:,} bytes on disk: {report.compression_ratio:.1f} x smaller than {report.original_bytes:,}, "
@@ -38,13 +89,6 @@ def format_report(report: Report) -> str:
     if report.raw:
         lines += ["", "  stored exactly:"] + [f"    {name}  ({reason})" for name, reason in report.raw]
     return "\n".join(lines)
-
-
-def report_dict(report: Report) -> dict[str, Any]:
-    """All numbers of a report, JSON-ready, with the two ratios."""
-    value = asdict(report)
-    value["settings"] = {k: v if isinstance(v, int | float | str | dict) else str(v) for k, v in report.settings.items()}
-    return {"bits_per_parameter": report.bits_per_parameter, "compression_ratio": report.compression_ratio, **value}
 
 
 def _distortion_line(report: Report) -> str:

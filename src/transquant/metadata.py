@@ -1,0 +1,29 @@
+"""What a file tells of its own distortion, in the header's free text. Decoding never needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from math import log2
+
+_FIRST, _LAST = ord("!"), ord("~")
+
+
+def write_distortions(metric: str, distortions: Mapping[str, float]) -> dict[str, str]:
+    """The metric, the predicted sum, and a character a coded entry for its share, a quarter octave a step below one ("!" is
+    all of it, "~" nearly nothing)."""
+    total = sum(distortions.values())
+    shares = "".join(
+        chr(min(_FIRST + round(-4 * log2(max(d, 1e-300) / total)), _LAST)) if total > 0 else "~" for d in distortions.values()
+    )
+    return {"distortion": f"{metric} {total:.3g}", "shares": shares}
+
+
+def read_distortions(metadata: Mapping[str, str], names: Sequence[str]) -> tuple[str, float | None, dict[str, float]]:
+    """(metric, predicted sum or None, shares by name); another writer may have written something else, or nothing."""
+    metric, predicted = "unknown", None
+    word, _, number = metadata.get("distortion", "").partition(" ")
+    with suppress(ValueError):
+        metric, predicted = word or metric, float(number)
+    marks = metadata.get("shares", "")
+    return metric, predicted, {n: 2 ** (-(ord(m) - _FIRST) / 4) for n, m in zip(names, marks, strict=False)}
