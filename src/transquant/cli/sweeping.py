@@ -63,12 +63,13 @@ def _row(
 
 def _read(path: Path) -> dict[float, dict[str, Any]]:
     """Rows of a CSV that an earlier sweep wrote, by rate."""
+    complaint = InputError(f"{path} is not the CSV of an earlier sweep")
     try:
         with path.open(newline="") as file:
             reader = csv.DictReader(file)
             rows = [{k: float(v) if v else None for k, v in row.items()} for row in reader]
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ValueError("other columns")
-        return {float(r["bits"]): {**r, "file_bytes": int(r["file_bytes"])} for r in rows}  # type: ignore[arg-type]
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path} is not the CSV of an earlier sweep: {error}") from None
+    except (OSError, ValueError, TypeError):
+        raise complaint from None
+    if tuple(reader.fieldnames or ()) != COLUMNS or any(not r["bits"] or not r["file_bytes"] for r in rows):
+        raise complaint
+    return {float(r["bits"]): {**r, "file_bytes": int(r["file_bytes"])} for r in rows if r["bits"] and r["file_bytes"]}
