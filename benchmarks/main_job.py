@@ -25,12 +25,11 @@ from torch import Tensor, nn
 
 import transquant as tq
 from networks import cifar10, imagenet_sample, logits, network
+from pages import ROOT, insert_table
 from transquant.plots import write_curve
 
-ROOT = Path(__file__).resolve().parents[1]
 JOBS = {"resnet20": (4.0, 3.0, 2.0, 1.5, 1.0), "squeezenet": (3.0, 2.0), "mobilenet": (4.0,)}
 TITLES = {"resnet20": "ResNet-20", "squeezenet": "SqueezeNet 1.1", "mobilenet": "MobileNetV1 0.25"}
-BEGIN, END = "<!-- table: benchmarks/main_job.py -->\n", "<!-- end of table -->\n"
 Fold = tuple[Tensor, Tensor, Tensor]  # calibration images, test images, test labels
 
 
@@ -101,9 +100,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def publish(rows: list[dict[str, Any]]) -> None:
     """Put the table into the README and draw ResNet-20's curve."""
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text().partition(BEGIN)
-    readme.write_text(before + BEGIN + table(rows) + END + rest.partition(END)[2])
+    insert_table("README.md", "main_job.py", table(rows))
     mine = [r for r in rows if r["network"] == "resnet20"]
     curves = {
         name: [(r["bits_per_parameter"], r["top1"]) for r in mine if r["method"] == method]
