@@ -3,7 +3,7 @@
     python benchmarks/ablation.py            # about ten minutes on two cores
 
 Statistics from 1,638 training images; KL divergence to the float network on 2,000 *other* training images. All files have
-the same size, so the numbers compare parts, not rates. Writes benchmarks/ablation.json and prints a Markdown table.
+the same size, so the numbers compare parts, not rates. Writes benchmarks/ablation.json and the table in docs/method.md.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from networks import cifar10, logits, network
+from pages import insert_table
 from transquant import modules
 from transquant.allocation.search import meet_size
 from transquant.allocation.steps import Grouping
@@ -97,9 +98,9 @@ def main() -> None:
             print(json.dumps(row), flush=True)
     record = {"command": "python benchmarks/ablation.py", "torch": torch.__version__, "rows": rows}
     Path(__file__).with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    print("| ResNet-20, KL in nats at " + " | ".join(f"{b} bits" for b in BITS) + " |\n|---" + "|---" * len(BITS) + "|")
-    for row in rows:
-        print(f"| {row['variant']} | " + " | ".join(f"{row[f'kl_{b}']:.3f}" for b in BITS) + " |")
+    lines = ["| ResNet-20, KL in nats at | " + " | ".join(f"{b} bits" for b in BITS) + " |", "|---" + "|---" * len(BITS) + "|"]
+    lines += [f"| {row['variant']} | " + " | ".join(f"{row[f'kl_{b}']:.3f}" for b in BITS) + " |" for row in rows]
+    insert_table("docs/method.md", "ablation.py", "\n".join(lines) + "\n")
 
 
 def divergence(
@@ -107,13 +108,11 @@ def divergence(
 ) -> float:
     """KL in nats of the network in a file of exactly that size, within half a per cent."""
     target = bits * encoder.plan.num_parameters / 8
-    found = meet_size(
-        lambda c: len(encoder.encode(encoder.draft(c, choice)).data),
-        target,
-        0.005 * target,
-        encoder.first_guess(target),
-        target / 2,
-    )
+
+    def size_of(c: float) -> float:
+        return len(encoder.encode(encoder.draft(c, choice)).data)
+
+    found = meet_size(size_of, target, 0.005 * target, encoder.first_guess(target), target / 2)
     decoded = copy.deepcopy(model)
     decoded.load_state_dict(encoder.draft(found.c, choice).state(), strict=False)
     output = logits(decoded, images).log_softmax(1)
