@@ -4,10 +4,12 @@ import hashlib
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transquant.entropy import lanes, lanes_for, portable, tables
+from transquant.entropy.tables import fold_for
 from transquant.errors import CorruptFile
 from transquant.records import Plane
 
@@ -118,3 +120,31 @@ def test_the_rans_core_agrees_with_an_independent_coder():
 @pytest.mark.parametrize(("values", "largest", "expected"), [(100, 100, 1), (270_000, 36_864, 8), (1 << 20, 1 << 20, 256)])
 def test_lanes_follow_the_size(values, largest, expected):
     assert lanes_for(values, largest) == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "groups", "taps", "expected"),
+    [(64, 16384, 1, 4), (10, 131072, 1, 32), (1000, 1024, 1, 1), (64, 1000, 9, 1), (100, 2999, 9, 1), (7, 20000, 9, 40), (1, 1 << 20, 1, 256)],
+)
+def test_few_long_rows_are_folded(rows, groups, taps, expected):
+    fold = fold_for(rows, groups, taps)
+    assert fold == expected
+    assert groups % fold == 0
+
+
+def test_folded_matrices_come_back_in_their_shape():
+    """Through the whole file and both readers."""
+    import transquant as tq
+    from transquant.container import read_container
+
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(20000, 60, bias=False)
+    data = tq.compress(layer, None, bits=1.5).data
+    (entry,) = read_container(data).entries
+    assert entry.fold == 5
+    arrays = tq.reader.loads(data)["weight"]
+    decoded = tq.codec.CompressedModel(data, None).state_dict()["weight"]
+    assert arrays.shape == (60, 20000)
+    assert arrays.tobytes() == decoded.numpy().tobytes()
+    weight = layer.weight.detach()
+    assert (decoded - weight).square().mean() < 0.3 * weight.square().mean()

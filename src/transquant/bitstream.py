@@ -137,9 +137,10 @@ def to_dtype(array: NDArray[np.float32], dtype: str) -> NDArray[np.generic]:
     """float32 rounded to `dtype`; bfloat16 comes back as float32."""
     if dtype == "bfloat16":
         bits = array.view(np.uint32).astype(np.uint64)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
-    with np.errstate(over="ignore"):
-        cast = array.astype(DTYPES[dtype].numpy)
+        cast: NDArray[np.generic] = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+    else:
+        with np.errstate(over="ignore"):
+            cast = array.astype(DTYPES[dtype].numpy)
     if not np.isfinite(cast).all():
         raise CorruptFile(f"a decoded value does not fit {dtype}")
     return cast
@@ -158,7 +159,7 @@ def plane_shapes(entry: CodedEntry | BatchNormEntry) -> list[PlaneShape]:
     if "c" in entry.groups:
         shapes.append((1, entry.columns // max(taps, 1), SIDE, 1, 1))
     width = entry.shape[-1] if len(entry.shape) > 2 else 1
-    return [*shapes, (entry.rows, entry.columns, WEIGHTS, max(width, 1), max(taps, 1))]
+    return [*shapes, (entry.rows * entry.fold, entry.columns // entry.fold, WEIGHTS, max(width, 1), max(taps, 1))]
 
 
 def _planes(coded: Coded) -> list[Plane]:
@@ -179,7 +180,7 @@ def _coded(entry: CodedEntry | BatchNormEntry, planes: list[IntArray]) -> Coded:
     for exponents in (rows, columns):
         if exponents is not None and exponents.size and np.abs(exponents).max() > MAX_EXPONENT:
             raise CorruptFile(f"a step exponent of tensor {entry.name!r} is out of range, allowed is ±{MAX_EXPONENT}")
-    return CodedTensor(entry, next(rest), rows, columns)
+    return CodedTensor(entry, next(rest).reshape(entry.rows, entry.columns), rows, columns)
 
 
 def _sections(entries: Sequence[CodedEntry | BatchNormEntry]) -> list[list[CodedEntry | BatchNormEntry]]:

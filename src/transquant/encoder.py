@@ -19,7 +19,7 @@ from torch import Tensor
 from transquant.allocation.steps import Grouping, first_guess, matrix_steps, vector_qp
 from transquant.bitstream import EncodedFile, encode, values
 from transquant.entropy.lanes import encode_planes
-from transquant.entropy.tables import MAX_SYMBOL
+from transquant.entropy.tables import MAX_SYMBOL, fold_for
 from transquant.grid import global_step, nearest_qp, steps, total_index
 from transquant.metadata import write_distortions
 from transquant.quantizers.feedback import Rounding, quantize_feedback
@@ -181,6 +181,7 @@ class Encoder:
         weight = self.source.values[spec.name]
         stats = self.layers[spec.name]
         entry = CodedEntry(spec.name, spec.shape, spec.dtype)
+        entry = replace(entry, fold=fold_for(entry.rows, entry.columns // max(entry.taps, 1), entry.taps))
         if not (stats.input_moment.any() and stats.output_moment.any()):
             return self._idle_weight(entry, weight, c, step), 0.0, None
         moments = [_live(stats, k) for k in range(len(stats.input_moment))]

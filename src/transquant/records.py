@@ -19,6 +19,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+MAX_FOLD = 1024  # see CodedEntry.fold
+
 IntArray = NDArray[np.int32]
 FloatArray = NDArray[np.float64]
 
@@ -27,7 +29,9 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class CodedEntry:
-    """Header record of one lossily coded tensor (FORMAT.md, kind "c"): everything but its symbols."""
+    """Header record of one lossily coded tensor (FORMAT.md, kind "c"): everything but its symbols.
+
+    `fold`: each row is coded as that many rows, so that a matrix of few long rows fills the lanes of a vectorised reader."""
 
     name: str
     shape: tuple[int, ...]
@@ -35,6 +39,7 @@ class CodedEntry:
     qp: int = 0
     recon_offsets: tuple[int, int] = (0, 0)
     groups: Literal["", "r", "c", "rc"] = ""
+    fold: int = 1
 
     @property
     def rows(self) -> int:

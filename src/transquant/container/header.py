@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 from transquant.container.checks import integer, items, keys, known, string
 from transquant.container.dtypes import CODED_DTYPES, DTYPES
 from transquant.errors import CorruptFile, LimitExceeded, UnsupportedVersion
-from transquant.records import AliasEntry, BatchNormEntry, CodedEntry, Entry, Limits, RawEntry
+from transquant.records import MAX_FOLD, AliasEntry, BatchNormEntry, CodedEntry, Entry, Limits, RawEntry
 
 MAX_ENTRIES = 100_000
 BATCHNORM_KEYS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -33,6 +33,8 @@ def entry_to_json(entry: Entry) -> dict[str, Any]:
             value["d"] = list(entry.recon_offsets)
         if entry.groups:
             value["g"] = entry.groups
+        if entry.fold != 1:
+            value["f"] = entry.fold
     if entry.dtype != "float32":
         value["t"] = entry.dtype
     return value
@@ -60,7 +62,7 @@ def entry_from_json(value: Any) -> Entry:
     if kind == "r":
         value = keys(value, "kns", "t", "a raw tensor")
         return RawEntry(string(value["n"], "a tensor name"), _shape(value["s"]), _dtype(value, tuple(DTYPES)))
-    value = keys(value, "nsq", "ktdgzx", "a coded tensor")
+    value = keys(value, "nsq", "ktdgzxf", "a coded tensor")
     known(value.get("z", "u"), ("u",), "a quantizer")
     known(value.get("x", "i"), ("i",), "a transform")
     groups = known(value.get("g", ""), ("", "r", "c", "rc"), "a step grouping")
@@ -68,10 +70,13 @@ def entry_from_json(value: Any) -> Entry:
     shape = _shape(value["s"])
     if groups and len(shape) < 2:
         raise CorruptFile(f"a tensor of shape {list(shape)} has step groups {groups!r}, allowed for matrices only")
-    return CodedEntry(
+    entry = CodedEntry(
         string(value["n"], "a tensor name"), shape, _dtype(value, CODED_DTYPES), _qp(value["q"]),
-        (offsets[0], offsets[1]), cast(Literal["", "r", "c", "rc"], groups),
+        (offsets[0], offsets[1]), cast(Literal["", "r", "c", "rc"], groups), integer(value.get("f", 1), 1, MAX_FOLD, "a fold"),
     )  # fmt: skip
+    if entry.fold > 1 and (len(shape) < 2 or entry.columns // max(entry.taps, 1) % entry.fold):
+        raise CorruptFile(f"a tensor of shape {list(shape)} has rows folded by {entry.fold}, which does not divide them")
+    return entry
 
 
 def header_to_json(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from transquant.records import MAX_FOLD
+
 NUM_CLASSES = 3
 NUM_LEVELS = 20
 NUM_UNARY = 18  # stage 1 decisions, k = 0 ... 17
@@ -40,6 +42,9 @@ def first_magnitude_counts() -> np.ndarray:
     return counts
 
 
+FULL_ROWS = 256  # rows that keep a vectorised reader busy
+
+
 def column_shift(lanes: int) -> int:
     """How slowly a column's average follows: u of FORMAT.md, smaller where a block of rows is already an average."""
     return 3 if lanes < 4 else 2 if lanes < 16 else 1
@@ -52,5 +57,14 @@ def lanes_for(num_values: int, largest: int) -> int:
     A lane costs about two bytes and some context, and lets a vectorised reader decode one more symbol at a time; the
     choice is the encoder's."""
     by_section = max(num_values, 1).bit_length() - 16
-    by_plane = 3 * (max(largest, 1).bit_length() - 1) - 52
+    by_plane = 3 * (max(largest * 1049 // 1000, 1).bit_length() - 1) - 52  # from 10⁶ on as from 2²⁰
     return 1 << min(max(by_section, by_plane, 0), 10)
+
+
+def fold_for(rows: int, column_groups: int, taps: int) -> int:
+    """Into how many each row is folded: 1, but for a plane of a million values and under 256 rows the smallest divisor of
+    its column groups that makes 256 rows of it, or else the largest."""
+    if rows >= FULL_ROWS or rows * column_groups * taps < 1_000_000:
+        return 1
+    divisors = [d for d in range(1, MAX_FOLD + 1) if column_groups % d == 0]
+    return next((d for d in divisors if rows * d >= FULL_ROWS), divisors[-1])
