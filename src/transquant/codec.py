@@ -35,8 +35,7 @@ from transquant.workers import Workers, workers
 Progress = Callable[[str, int, int], None]
 M = TypeVar("M", bound=nn.Module)
 
-HELD_BACK = 512  # samples, at most
-HELD_SHARE = 5  # at most one in so many
+HELD_BACK = 512  # samples, at most, and at most one in five
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +190,7 @@ def _calibrate(
         return weight_statistics(plan, source.values), None
     batches = list(modules.micro_batches(modules.batches_of(calibration)))
     sizes = [modules.num_samples(b) for b in batches]
-    stride = max(HELD_SHARE, -(-sum(sizes) // HELD_BACK))
+    stride = max(5, -(-sum(sizes) // HELD_BACK))
     held = batches[stride - 1 :: stride] if len(batches) >= stride else batches[-1:]
     used = [b for k, b in enumerate(batches) if k % stride != stride - 1] if len(batches) >= stride else batches[:-1] or batches
 
