@@ -124,7 +124,15 @@ def test_lanes_follow_the_size(values, largest, expected):
 
 @pytest.mark.parametrize(
     ("rows", "groups", "taps", "expected"),
-    [(64, 16384, 1, 4), (10, 131072, 1, 32), (1000, 1024, 1, 1), (64, 1000, 9, 1), (100, 2999, 9, 1), (7, 20000, 9, 40), (1, 1 << 20, 1, 256)],
+    [
+        (64, 16384, 1, 4),
+        (10, 131072, 1, 32),
+        (1000, 1024, 1, 1),
+        (64, 1000, 9, 1),
+        (100, 2999, 9, 1),
+        (7, 20000, 9, 40),
+        (1, 1 << 20, 1, 256),
+    ],
 )
 def test_few_long_rows_are_folded(rows, groups, taps, expected):
     fold = fold_for(rows, groups, taps)

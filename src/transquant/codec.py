@@ -8,6 +8,7 @@ One scalar c sets every step in the model (Δ = c/√sensitivity), so a target o
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -31,6 +32,8 @@ from transquant.stats.metric import METRICS
 from transquant.target_search import TargetSearch
 from transquant.targets import parse_target
 from transquant.workers import Workers, workers
+
+_log = logging.getLogger("transquant")
 
 Progress = Callable[[str, int, int], None]
 M = TypeVar("M", bound=nn.Module)
@@ -114,6 +117,7 @@ def compress(
         draft, choice = search.run()
         measured = reference.distortion(draft.state()) if reference else None
         encoded = search.encoder.encode(draft)
+    _log.info("%d bytes; chosen on held-back samples: %s; c = %.4g", len(encoded.data), choice, draft.c)
     settings = {"target": {k: v for k, v in given.items() if v is not None and k != "max_drop"}, "seed": seed, "effort": effort,
                 "choice": choice, "c": draft.c, "samples": stats.samples}  # fmt: skip
     report = report_of(plan, stats, draft, encoded, measured, settings)

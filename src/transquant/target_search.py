@@ -48,8 +48,8 @@ class TargetSearch:
             choice, start = self._tuned(choice, self.target.value, start)
             return self._meet_bytes(choice, start), choice
         draft = self._meet_quality(choice, self.encoder.first_guess(self.num_values / 4))
-        choice, start = self._tuned(choice, self.size(draft), draft.c)
-        return self._meet_quality(choice, start), choice
+        tuned, start = self._tuned(choice, self.size(draft), draft.c)
+        return (draft if tuned == choice else self._meet_quality(tuned, start)), tuned
 
     def size(self, draft: Draft) -> int:
         """Bytes of a draft's file."""
