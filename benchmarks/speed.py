@@ -51,7 +51,7 @@ def coder(symbols: np.ndarray, name: str) -> dict[str, float]:
     energy = float((symbols.astype(float) ** 2).sum())
     compressed = tq.compress(layer, None, step=1 / energy**0.5)  # the step that gives these symbols
     planes = [Plane(symbols, 0)]
-    lanes = lanes_for(symbols.size, symbols.size)
+    lanes = lanes_for(symbols.size, symbols.size, SIDE, float(np.abs(symbols).mean()))
     data, bits = encode_planes(planes, lanes)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "net.tq"

@@ -117,21 +117,27 @@ def test_the_rans_core_agrees_with_an_independent_coder():
     assert ours < 1.015 * theirs  # they know the law, we learn it
 
 
-@pytest.mark.parametrize(("values", "largest", "expected"), [(100, 100, 1), (270_000, 36_864, 8), (1 << 20, 1 << 20, 256)])
-def test_lanes_follow_the_size(values, largest, expected):
-    assert lanes_for(values, largest) == expected
+@pytest.mark.parametrize(
+    ("values", "largest", "rows", "magnitude", "expected"),
+    [
+        (100, 100, 1, 1, 1), (270_000, 36_864, 64, 1, 8), (1 << 20, 1 << 20, 1024, 1, 256), (1_000_000, 1_000_000, 1000, 0.3, 256),
+        (1 << 20, 1 << 20, 1024, 4, 512), (1 << 20, 1 << 20, 1024, 40, 1024), (1 << 20, 1 << 20, 600, 40, 1024), (1 << 20, 1 << 20, 64, 4, 64),
+    ],
+)  # fmt: skip
+def test_lanes_follow_the_size_and_the_rate(values, largest, rows, magnitude, expected):
+    assert lanes_for(values, largest, rows, magnitude) == expected
 
 
 @pytest.mark.parametrize(
     ("rows", "groups", "taps", "expected"),
     [
-        (64, 16384, 1, 4),
-        (10, 131072, 1, 32),
+        (64, 16384, 1, 8),
+        (10, 131072, 1, 64),
         (1000, 1024, 1, 1),
         (64, 1000, 9, 1),
         (100, 2999, 9, 1),
-        (7, 20000, 9, 40),
-        (1, 1 << 20, 1, 256),
+        (7, 20000, 9, 80),
+        (1, 1 << 20, 1, 512),
     ],
 )
 def test_few_long_rows_are_folded(rows, groups, taps, expected):
@@ -149,7 +155,7 @@ def test_folded_matrices_come_back_in_their_shape():
     layer = torch.nn.Linear(20000, 60, bias=False)
     data = tq.compress(layer, None, bits=1.5).data
     (entry,) = read_container(data).entries
-    assert entry.fold == 5
+    assert entry.fold == 10
     arrays = tq.reader.loads(data)["weight"]
     decoded = tq.codec.CompressedModel(data, None).state_dict()["weight"]
     assert arrays.shape == (60, 20000)

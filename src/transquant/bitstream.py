@@ -70,9 +70,8 @@ def encode(
     symbol_bits: dict[str, float] = {}
     exponent_bits: dict[str, float] = {}
     for group in _sections([e for e in entries if isinstance(e, CodedEntry | BatchNormEntry)]):
-        shapes = [shape for entry in group for shape in plane_shapes(entry)]
-        lanes = _lanes(shapes)
         planes = [plane for entry in group for plane in _planes(coded[entry.name])]
+        lanes = _lanes(planes)
         data, bits = encode_planes(planes, lanes)
         sections.append(Section("s", len(group), lanes, data))
         for name, of_symbols, of_exponents in split_bits(group, bits):
@@ -195,9 +194,10 @@ def _sections(entries: Sequence[CodedEntry | BatchNormEntry]) -> list[list[Coded
     return [list(entries[a:b]) for a, b in pairwise(cuts)]
 
 
-def _lanes(shapes: Sequence[PlaneShape]) -> int:
-    sizes = [rows * columns for rows, columns, *_ in shapes]
-    return lanes_for(sum(sizes), max(sizes))
+def _lanes(planes: Sequence[Plane]) -> int:
+    largest = max(planes, key=lambda p: p.symbols.size).symbols
+    magnitude = float(np.abs(largest).mean()) if largest.size else 0.0
+    return lanes_for(sum(p.symbols.size for p in planes), largest.size, len(largest), magnitude)
 
 
 def _batchnorm_values(norm: CodedBatchNorm, step: tuple[int, int]) -> dict[str, NDArray[np.generic]]:

@@ -38,8 +38,9 @@ class _Reader:
         x = self.states[members]
         low = x & (tables.P_ONE - 1)
         bit = low < p
-        x = np.where(bit, p, tables.P_ONE - p) * (x >> tables.P_BITS) + low - np.where(bit, 0, p)
-        short = np.flatnonzero(x < tables.STATE_LOW)
+        above = p * ~bit  # of a 0: low minus the 1's share
+        x = np.where(bit, p, tables.P_ONE - p) * (x >> tables.P_BITS) + (low - above)
+        short = (x < tables.STATE_LOW).nonzero()[0]
         if short.size:
             end = self.position + short.size
             if end > len(self.words):
@@ -57,15 +58,16 @@ class _Reader:
 
 
 def _probabilities(c0: Int64, c1: Int64) -> Int64:
-    p: Int64 = np.clip((c1 * _R[c0 + c1]) >> (32 - tables.P_BITS), tables.P_MIN, tables.P_MAX)
-    return p
+    p = (c1 * _R[c0 + c1]) >> (32 - tables.P_BITS)
+    bounded: Int64 = np.minimum(np.maximum(p, tables.P_MIN), tables.P_MAX)  # np.clip, without its overhead
+    return bounded
 
 
 def _learn(counts: Int64, context: Int64, bit: NDArray[np.bool_]) -> None:
     """Add a stage's decisions to counts (contexts, 2) and bound them, in place."""
     seen = np.bincount(context + len(counts) * bit, minlength=2 * len(counts))
     counts += 2 * seen.reshape(2, -1).T
-    while (over := counts.sum(1) > tables.COUNT_LIMIT).any():
+    while (over := counts[:, 0] + counts[:, 1] > tables.COUNT_LIMIT).any():
         counts[over] = (counts[over] + 1) >> 1
 
 
@@ -109,7 +111,7 @@ def _plane(reader: _Reader, q: IntArray, width: int, taps: int, lanes: int, magn
             if size.max() > tables.MAX_SYMBOL:
                 raise CorruptFile("a symbol section ends early or holds a symbol that is too large")
             row += ((size << 8) - row) >> 3
-            members = np.flatnonzero(size)
+            members = size.nonzero()[0]
             if members.size:
                 left = j - 1 if j > 0 and (width == 1 or j % width) else -1
                 above = j - width if j % taps >= width else -1

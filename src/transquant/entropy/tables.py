@@ -42,7 +42,7 @@ def first_magnitude_counts() -> np.ndarray:
     return counts
 
 
-FULL_ROWS = 256  # rows that keep a vectorised reader busy
+FULL_ROWS = 512  # rows that keep a vectorised reader busy
 
 
 def column_shift(lanes: int) -> int:
@@ -50,20 +50,24 @@ def column_shift(lanes: int) -> int:
     return 3 if lanes < 4 else 2 if lanes < 16 else 1
 
 
-def lanes_for(num_values: int, largest: int) -> int:
-    """Lanes for a section of `num_values` whose largest plane has `largest`: 8 at 270,000 in small planes, 256 where a
-    plane has a million, at most 1,024.
+def lanes_for(num_values: int, largest: int, rows: int, magnitude: float) -> int:
+    """Lanes for a section of `num_values` whose largest plane has `largest` in `rows` rows, of mean magnitude `magnitude`:
+    8 at 270,000 in small planes; where a plane has a million 256, twice and four times as many at high rates, where a
+    symbol takes more stages; at most the rows, and 1,024.
 
     A lane costs about two bytes and some context, and lets a vectorised reader decode one more symbol at a time; the
     choice is the encoder's."""
     by_section = max(num_values, 1).bit_length() - 16
     by_plane = 3 * (max(largest * 1049 // 1000, 1).bit_length() - 1) - 52  # from 10⁶ on as from 2²⁰
+    if by_plane >= 8:
+        by_plane = min(by_plane, 8) + (magnitude >= 1.5) + (magnitude >= 8)
+        by_plane = min(by_plane, (rows - 1).bit_length())
     return 1 << min(max(by_section, by_plane, 0), 10)
 
 
 def fold_for(rows: int, column_groups: int, taps: int) -> int:
-    """Into how many each row is folded: 1, but for a plane of a million values and under 256 rows the smallest divisor of
-    its column groups that makes 256 rows of it, or else the largest."""
+    """Into how many each row is folded: 1, but for a plane of a million values and under 512 rows the smallest divisor of
+    its column groups that makes 512 rows of it, or else the largest."""
     if rows >= FULL_ROWS or rows * column_groups * taps < 1_000_000:
         return 1
     divisors = [d for d in range(1, MAX_FOLD + 1) if column_groups % d == 0]
