@@ -40,7 +40,8 @@ SECTION_VALUES = 1 << 20  # a symbol section is closed once it has this many val
 
 PlaneShape = tuple[int, int, int, int, int]  # rows, columns, kind, width, taps
 PlaneDecoder = Callable[[bytes, Sequence[PlaneShape], int], list[IntArray]]
-PlaneEncoder = Callable[[Sequence[Plane], int], tuple[bytes, list[float]]]
+Job = tuple[Sequence[Plane], int]  # planes of a section, number of lanes
+SectionEncoder = Callable[[Sequence[Job]], list[tuple[bytes, list[float]]]]
 
 WEIGHTS, SIDE, VECTORS = 0, 1, 2
 
@@ -62,17 +63,19 @@ def encode(
     entries: Sequence[Entry],
     coded: Mapping[str, Coded],
     raw: Mapping[str, bytes],
-    encode_planes: PlaneEncoder,
+    encode_sections: SectionEncoder,
     metadata: Mapping[str, str] | None = None,
 ) -> EncodedFile:
-    """Write a file: entries in state-dict order, the symbols of coded and BatchNorm entries by name, raw bytes by name."""
+    """Write a file: entries in state-dict order, the symbols of coded and BatchNorm entries by name, raw bytes by name.
+
+    `encode_sections` gives bytes and the planes' information contents of each job; sections are independent."""
     sections: list[Section] = []
     symbol_bits: dict[str, float] = {}
     exponent_bits: dict[str, float] = {}
-    for group in _sections([e for e in entries if isinstance(e, CodedEntry | BatchNormEntry)]):
-        planes = [plane for entry in group for plane in _planes(coded[entry.name])]
-        lanes = _lanes(planes)
-        data, bits = encode_planes(planes, lanes)
+    groups = _sections([e for e in entries if isinstance(e, CodedEntry | BatchNormEntry)])
+    planes = [[plane for entry in group for plane in _planes(coded[entry.name])] for group in groups]
+    jobs = [(of_group, _lanes(of_group)) for of_group in planes]
+    for group, (_, lanes), (data, bits) in zip(groups, jobs, encode_sections(jobs), strict=True):
         sections.append(Section("s", len(group), lanes, data))
         for name, of_symbols, of_exponents in split_bits(group, bits):
             symbol_bits[name], exponent_bits[name] = of_symbols, of_exponents

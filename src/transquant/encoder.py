@@ -8,7 +8,7 @@ Every layer depends on c and the `Choice` alone, so layers run in parallel and d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil, log2
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from transquant.allocation.steps import Grouping, first_guess, matrix_steps, vector_qp
-from transquant.bitstream import EncodedFile, encode, values
+from transquant.bitstream import EncodedFile, Job, encode, values
 from transquant.entropy.lanes import encode_planes
 from transquant.entropy.tables import MAX_SYMBOL, fold_for
 from transquant.grid import global_step, nearest_qp, steps, total_index
@@ -160,7 +160,11 @@ class Encoder:
     def encode(self, draft: Draft) -> EncodedFile:
         """The file of a draft, with what `inspect` tells of its distortion in the metadata."""
         metadata = write_distortions(self.stats.metric, draft.distortions)
-        return encode(draft.step, draft.entries, draft.coded, self.source.raw, encode_planes, metadata)
+
+        def encode_sections(jobs: Sequence[Job]) -> list[tuple[bytes, list[float]]]:
+            return self.pool.map(lambda job: encode_planes(*job), jobs)
+
+        return encode(draft.step, draft.entries, draft.coded, self.source.raw, encode_sections, metadata)
 
     def first_guess(self, target_bytes: float) -> float:
         """A scalar c whose file has about that size."""
@@ -206,7 +210,7 @@ class Encoder:
             error = blocks[k] - decoded
             distortion += quadratic_form(error, stats.input_moment[k], stats.output_moment[k])
             if shift is not None and stats.input_mean is not None:
-                shift[k] = error @ stats.input_mean[k]
+                shift[k] = (error * stats.input_mean[k]).sum(1)
         has = ("r" if plan.row_exponents is not None else "") + ("c" if plan.column_exponents is not None else "")
         entry = replace(entry, qp=plan.qp, recon_offsets=choice.rounding.offsets, groups=has)  # type: ignore[arg-type]
         tensor = CodedTensor(entry, symbols.reshape(weight.shape), plan.row_exponents, plan.column_exponents)

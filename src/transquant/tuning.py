@@ -42,6 +42,7 @@ class Tuner:
     ) -> None:
         self.draft, self.size, self.distortion = draft, size, distortion
         self.target, self.num_values = target_bytes, num_values
+        self.slope = num_values / 10  # −d bytes / d log2 c; every search corrects it for the next
         self.scores: dict[Choice, tuple[float, float]] = {}
 
     def score(self, choice: Choice, start: float) -> tuple[float, float]:
@@ -55,7 +56,10 @@ class Tuner:
                 return drafts[c][1]
 
             slack = 2 * ROUGH * self.target
-            found = meet_size(size_of, self.target + slack / 2, slack, start, self.num_values / 10, max_steps=6)
+            found = meet_size(size_of, self.target + slack / 2, slack, start, self.slope, max_steps=6)
+            (low, (_, large)), (high, (_, small)) = min(drafts.items()), max(drafts.items())
+            if large > small:
+                self.slope = (large - small) / log2(high / low)
             draft, size = drafts.get(found.c) or min(drafts.values(), key=lambda d: abs(d[1] - self.target))
             # six decibels a bit: what a file of exactly the target size would measure, nearly
             excess = 8 * (size - self.target) / max(self.num_values, 1)

@@ -17,9 +17,12 @@ def read_file(path: str | PathLike[str], limits: Limits | None = None) -> bytes:
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            if size > limit:
-                raise LimitExceeded(f"{path} has {size} bytes, the limit is {limit}; raise Limits(max_decoded_bytes=...)")
-            return file.read()
+            data = file.read(limit + 1) if size <= limit else b""  # bounded: a device or a pipe has no size
+            if size > limit or len(data) > limit:
+                raise LimitExceeded(
+                    f"{path} has {max(size, len(data))} bytes, the limit is {limit}; raise Limits(max_decoded_bytes=...)"
+                )
+            return data
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
 

@@ -89,13 +89,13 @@ def factor(moment: FloatArray) -> Factor:
 
 def quadratic_form(error: FloatArray, input_moment: FloatArray, output_moment: FloatArray) -> float:
     """tr(G E A Eᵀ); error (o, n), A (n,), (n, n) or (b, m, m), G (o,) or (o, o)."""
-    if input_moment.ndim == 3:
-        parts = error.reshape(len(error), len(input_moment), -1).transpose(1, 0, 2) @ input_moment
-        right = parts.transpose(1, 0, 2).reshape(error.shape)
+    e, a, g = (torch.from_numpy(np.ascontiguousarray(x)) for x in (error, input_moment, output_moment))
+    if a.ndim == 3:
+        right = (e.reshape(len(e), len(a), -1).transpose(0, 1) @ a).transpose(0, 1).reshape(e.shape)
     else:
-        right = error * input_moment if input_moment.ndim == 1 else error @ input_moment
-    left = error * output_moment[:, None] if output_moment.ndim == 1 else output_moment @ error
-    return float(np.sum(left * right))
+        right = e * a if a.ndim == 1 else e @ a
+    left = e * g[:, None] if g.ndim == 1 else g @ e
+    return float((left * right).sum())
 
 
 def wiener(weight: FloatArray, input_moment: FloatArray, output_moment: FloatArray, tau: float) -> FloatArray:
