@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+import transquant as tq
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 
@@ -50,6 +52,22 @@ def net() -> SmallNet:
 @pytest.fixture
 def images() -> torch.Tensor:
     return torch.randn(160, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def small() -> SmallNet:
+    """Shared by tests that do not change it."""
+    return make_net()
+
+
+@pytest.fixture(scope="session")
+def samples() -> torch.Tensor:
+    return torch.randn(160, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def compressed(small: SmallNet, samples: torch.Tensor) -> tq.CompressedModel:
+    return tq.compress(small, samples, bits=4.0)
 
 
 @pytest.fixture
