@@ -72,6 +72,9 @@ def test_any_names_and_numbers(labels, qp, mantissa, exponent):
 BAD = {
     "negative dimension": (["tensors", 0, "s"], [-1, 4], CorruptFile),
     "huge dimension": (["tensors", 0, "s"], [2**31, 4], CorruptFile),
+    "nothing times huge": (["tensors", 0, "s"], [0, 2**31 - 1, 2**31 - 1], LimitExceeded),
+    "huge times nothing": (["tensors", 0, "s"], [2**31 - 1, 0], LimitExceeded),
+    "exact nothing times huge": (["tensors", 2, "s"], [0, 2**31 - 1, 2**31 - 1], LimitExceeded),
     "huge product": (["tensors", 0, "s"], [2**30, 2**30], LimitExceeded),
     "nine dimensions": (["tensors", 0, "s"], [1] * 9, CorruptFile),
     "float dimension": (["tensors", 0, "s"], [3.0, 4], CorruptFile),

@@ -148,10 +148,10 @@ def test_ways_to_run_a_batch():
 
 
 def test_micro_batches_do_not_depend_on_the_users_batches():
-    data = torch.randn(70, 3, 4, 4)
+    data = torch.randn(170, 3, 4, 4)
     one = list(micro_batches([data]))
     two = list(micro_batches(data.split(9)))
-    assert [len(b) for b in one] == [32, 32, 6]
+    assert [len(b) for b in one] == [32, 32, 32, 32, 32, 10]
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     words = list(micro_batches([{"x": torch.zeros(40, 5), "m": torch.zeros(40)}]))
     assert [len(b["m"]) for b in words] == [32, 8]

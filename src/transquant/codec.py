@@ -47,6 +47,10 @@ class CompressedModel:
 
     data: bytes
     report: Report
+    limits: Limits | None = None  # what `load` was given
+
+    def __repr__(self) -> str:
+        return f"CompressedModel({len(self.data):,} bytes, {self.report.bits_per_parameter:.3f} bits a parameter)"
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the file; it appears whole or not at all. Raises errors.OutputError."""
@@ -56,7 +60,7 @@ class CompressedModel:
         """All keys of the original state dict, decoded, in their dtypes; tied tensors share memory.
 
         Raises errors.FileError."""
-        container = read_container(self.data, limits)
+        container = read_container(self.data, limits or self.limits)
         return _tensors(bitstream.values(container, _decode(container)[0]), container)
 
     def install(self, model: M, mode: str = "float") -> M:
@@ -94,10 +98,12 @@ def compress(
     (bytes, or "64KB", "64KiB"), `ratio` (bytes of the tensors / bytes of the file), `distortion` (measured, in units of the
     metric), `step` (the scalar c; no search), or `max_drop=(evaluate, points)`, where `evaluate(model) -> float`, higher is better.
     `metric`: "kl", "mse", "weights" or "auto". `overrides`: {name pattern: "exact"} stores matching tensors exactly.
-    `effort` 1 (no tuning) to 9; `forward(model, batch)` and `output(result)` override how a batch is run and what counts.
+    `effort` 1 or 2: nothing is tuned on held-back samples; 3 to 9: all is. `forward(model, batch)` and `output(result)`
+    override how a batch is run and what counts.
     `progress(stage, done, total)` is called as work goes on.
 
-    Files are at most the asked size and at most 1 % (or 64 bytes) smaller. The same input, options and seed give the same
+    Files are at most the asked size and at most 1 % (or 64 bytes) smaller, down to steps of 1/130,000 of a tensor's largest
+    value: no file is finer. The same input, options and seed give the same
     file, whatever the number of threads. Raises InputError, TargetError.
     """
     _check_options(metric, transform, objective, effort, seed)
@@ -106,11 +112,11 @@ def compress(
     module, state, plan = _open(model, overrides)
     target = parse_target(plan, given)
     if module is None and (calibration is not None or target.kind == "drop"):
-        raise InputError("calibration and max_drop need the model itself; a state dict or file can be compressed without them")
+        raise InputError("calibration and max_drop need the model itself (--model), not only its weights")
     if calibration is None and metric in ("kl", "mse"):
         raise InputError(f"metric {metric!r} needs calibration data; without it the metric is 'weights'")
 
-    with unchanged(module), workers() as pool:
+    with torch.inference_mode(False), unchanged(module), workers() as pool:
         source = Source(*modules.gather(plan, state))
         stats, reference = _calibrate(module, calibration, plan, source, metric, forward, output, seed, pool, say)
         search = TargetSearch(Encoder(plan, source, stats, pool), reference, module, target, effort, say)
@@ -118,8 +124,17 @@ def compress(
         measured = reference.distortion(draft.state()) if reference else None
         encoded = search.encoder.encode(draft)
     _log.info("%d bytes; chosen on held-back samples: %s; c = %.4g", len(encoded.data), choice, draft.c)
-    settings = {"target": {k: v for k, v in given.items() if v is not None and k != "max_drop"}, "seed": seed, "effort": effort,
-                "choice": choice, "c": draft.c, "samples": stats.samples}  # fmt: skip
+    asked = {k: v for k, v in given.items() if v is not None and k != "max_drop"}
+    settings: dict[str, Any] = {
+        "target": asked,
+        "seed": seed,
+        "effort": effort,
+        "choice": choice,
+        "c": draft.c,
+        "samples": stats.samples,
+    }
+    if search.scores:
+        settings["score"] = {"float": search.scores[0], "compressed": search.scores[1]}
     report = report_of(plan, stats, draft, encoded, measured, settings)
     return CompressedModel(encoded.data, report)
 
@@ -132,7 +147,7 @@ def load(path: str | PathLike[str], limits: Limits | None = None) -> CompressedM
     container = read_container(data, limits)
     coded, bits = _decode(container)
     bitstream.values(container, coded)
-    return CompressedModel(data, file_report(container, data, bits))
+    return CompressedModel(data, file_report(container, data, bits), limits)
 
 
 def _decode(container: Container) -> tuple[dict[str, Coded], list[float]]:
@@ -192,7 +207,9 @@ def _calibrate(
     """Statistics from most of the samples, a reference on the others; every sample is run once for each."""
     if calibration is None or module is None or metric == "weights":
         return weight_statistics(plan, source.values), None
-    batches = list(modules.micro_batches(modules.batches_of(calibration)))
+    batches = list(modules.micro_batches(modules.batches_of(calibration, whole=forward is not None)))
+    if len(batches) == 1:
+        _log.warning("there is one calibration sample: the distortion is measured on it too, nothing could be held back")
     sizes = [modules.num_samples(b) for b in batches]
     stride = max(5, -(-sum(sizes) // HELD_BACK))
     held = batches[stride - 1 :: stride] if len(batches) >= stride else batches[-1:]

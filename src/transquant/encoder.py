@@ -57,8 +57,8 @@ from transquant.records import (
 )
 from transquant.workers import Workers
 
-IDLE_STEP = 0.25  # of a tensor's rms: for weights that calibration never reached
-FINE_STEP = 1 / 64  # of a vector's rms, likewise
+FINEST = 2.0**-64  # scalar c; below it nothing changes, since symbols have their range
+IDLE_VECTOR = 256  # as many weights does a vector's value count for, where calibration never reached it
 LARGEST_SYMBOL = MAX_SYMBOL / 8
 WIENER_SIDE = 2048  # no eigenbases above this side length
 
@@ -104,10 +104,12 @@ class Draft:
         return float(sum(self.distortions.values()))
 
     def state(self) -> dict[str, Tensor]:
-        """Decoded tensors by key, as a reader would give them, exact ones and aliases left out."""
+        """Decoded tensors by key, as a reader would give them, exact ones left out."""
         entries = tuple(e for e in self.entries if not isinstance(e, RawEntry | AliasEntry))
         arrays = values(Container(self.step, entries, ()), self.coded)
-        return {k: torch.from_numpy(np.array(v)) for k, v in arrays.items()}
+        state = {k: torch.from_numpy(np.array(v)) for k, v in arrays.items()}
+        aliases = {e.name: e.of for e in self.entries if isinstance(e, AliasEntry)}
+        return state | {name: state[of] for name, of in aliases.items() if of in state}
 
 
 class Encoder:
@@ -115,15 +117,27 @@ class Encoder:
 
     def __init__(self, plan: Plan, source: Source, stats: Statistics, pool: Workers) -> None:
         self.plan, self.source, self.stats, self.pool = plan, source, stats, pool
-        own_bias = {s.name.removesuffix("bias") for s in plan.specs if isinstance(s, VectorSpec) and s.name.endswith("bias")}
+        shared = {s.of for s in plan.specs if isinstance(s, AliasSpec)}  # what others use too cannot be corrected for one
+        biases = {s.name for s in plan.specs if isinstance(s, VectorSpec) and s.name.endswith("bias")} - shared
+        own_bias = {name.removesuffix("bias") for name in biases if f"{name.removesuffix('bias')}weight" not in shared}
         self.layers = {
             name: centred(layer) if name.removesuffix("weight") in own_bias else replace(layer, input_mean=None)
             for name, layer in stats.layers.items()
         }
 
+    @property
+    def idle_level(self) -> float:
+        """Distortion of an error as large as the weights themselves: mean over the weights that calibration reached, or 1."""
+        total = count = 0.0
+        for name, layer in self.layers.items():
+            energy = float(np.sum(self.source.values[name] ** 2)) * _mean_level(layer)
+            if energy > 0:
+                total, count = total + energy, count + self.source.values[name].size
+        return total / count if count else 1.0
+
     def draft(self, c: float, choice: Choice) -> Draft:
         """Quantize everything with scalar c, rounded to the format's grid."""
-        step = global_step(c)
+        step = global_step(max(c, FINEST))
         c = float(steps(step, np.zeros((1, 1), np.int64))[0, 0])
         specs = self.plan.specs
         weights = [s for s in specs if isinstance(s, WeightSpec)]
@@ -187,7 +201,7 @@ class Encoder:
         entry = CodedEntry(spec.name, spec.shape, spec.dtype)
         entry = replace(entry, fold=fold_for(entry.rows, entry.columns // max(entry.taps, 1), entry.taps))
         if not (stats.input_moment.any() and stats.output_moment.any()):
-            return self._idle_weight(entry, weight, c, step), 0.0, None
+            return self._idle_weight(entry, weight, step), 0.0, None
         moments = [_live(stats, k) for k in range(len(stats.input_moment))]
         blocks = weight.reshape(len(moments), -1, weight.shape[1])
         variance = float(np.mean(weight**2))
@@ -216,10 +230,10 @@ class Encoder:
         tensor = CodedTensor(entry, symbols.reshape(weight.shape), plan.row_exponents, plan.column_exponents)
         return tensor, distortion, None if shift is None else shift.reshape(-1)
 
-    @staticmethod
-    def _idle_weight(entry: CodedEntry, weight: FloatArray, c: float, step: tuple[int, int]) -> CodedTensor:
-        """A weight that calibration never reached: plain rounding at a fixed share of its own size."""
-        qp = nearest_qp(max(IDLE_STEP * float(np.mean(weight**2)) ** 0.5, 1e-30) / c)
+    def _idle_weight(self, entry: CodedEntry, weight: FloatArray, step: tuple[int, int]) -> CodedTensor:
+        """A weight that calibration never reached: rounded as if its relative error mattered as much as the others'."""
+        qp = nearest_qp((float(np.mean(weight**2)) / self.idle_level) ** 0.5) if weight.any() else 0
+        qp += _quarter_octaves(np.abs(weight) / float(steps(step, np.array([[qp]]))[0, 0]))
         sizes = np.broadcast_to(steps(step, np.array([[qp]])), weight.shape)
         symbols, _ = quantize_feedback(weight, sizes, None, None, Rounding())
         return CodedTensor(replace(entry, qp=qp), symbols)
@@ -234,7 +248,7 @@ class Encoder:
         sensitivity = self.stats.vectors.get(key)
         if sensitivity is None or not sensitivity.any():
             sensitivity = np.zeros(vector.shape)
-            qp = nearest_qp(max(FINE_STEP * float(np.sqrt(np.mean(vector**2))), 1e-30) / c)
+            qp = nearest_qp((float(np.mean(vector**2)) / self.idle_level / IDLE_VECTOR) ** 0.5) if vector.any() else 0
         else:
             qp = vector_qp(sensitivity)
         qp += _quarter_octaves(np.abs(vector) / float(steps(step, np.array([[qp]]))[0, 0]))

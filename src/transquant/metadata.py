@@ -26,4 +26,6 @@ def read_distortions(metadata: Mapping[str, str], names: Sequence[str]) -> tuple
     with suppress(ValueError):
         metric, predicted = word or metric, float(number)
     marks = metadata.get("shares", "")
-    return metric, predicted, {n: 2 ** (-(ord(m) - _FIRST) / 4) for n, m in zip(names, marks, strict=False)}
+    shares = {n: 2 ** (-(ord(m) - _FIRST) / 4) for n, m in zip(names, marks, strict=False)}
+    total = sum(shares.values()) or 1.0  # rounded ones need not add up to one
+    return metric, predicted, {n: share / total for n, share in shares.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from transquant.records import WeightSpec
 from transquant.stats import Reference, copy_model
 from transquant.targets import Target
 from transquant.tuning import Tuner, choose
+
+_log = logging.getLogger("transquant")
 
 COARSEST = 2.0**100  # a scalar c at which every symbol is zero
 
@@ -34,6 +37,7 @@ class TargetSearch:
         self.encoder, self.reference, self.module, self.target, self.say = encoder, reference, module, target, say
         self.effort = effort
         self._float_score: float | None = None
+        self.scores: tuple[float, float] | None = None  # of the float model and of the final draft, for a target of that kind
         weights = [encoder.source.values[s.name] for s in encoder.plan.specs if isinstance(s, WeightSpec)]
         self.num_values = sum(w.size for w in weights)
         self.work = float(sum(w.size * sum(w.shape) for w in weights))
@@ -84,6 +88,8 @@ class TargetSearch:
             raise TargetError(
                 f"a file of {self.target.value:.0f} bytes cannot be reached: the smallest found takes {found.value:.0f} bytes"
             )
+        if found.value < self.target.value - self.target.slack:
+            _log.warning("the finest file has %d bytes; %d were allowed", found.value, self.target.value)
         return drafts[found.c]
 
     def _meet_quality(self, choice: Choice, start: float) -> Draft:
@@ -98,8 +104,12 @@ class TargetSearch:
 
         found = largest_feasible(good_enough, start, 0.02)
         if not found.feasible:
-            raise TargetError(f"no step was found at which the {self.target.kind} stays within {self.target.value}")
-        return self.encoder.draft(found.c, choice)
+            least = self._worse_by(self.encoder.draft(found.c, choice))
+            raise TargetError(f"a {self.target.kind} of {self.target.value} cannot be reached: the smallest found is {least:.3g}")
+        draft = self.encoder.draft(found.c, choice)
+        if self._float_score is not None:
+            self.scores = self._float_score, self._float_score - self._worse_by(draft)
+        return draft
 
     def _worse_by(self, draft: Draft) -> float:
         """Measured distortion, or how many points the caller's score falls."""

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import floor, isfinite
+from numbers import Real
 from typing import Any, Literal
 
 from transquant.errors import InputError, TargetError
@@ -69,12 +70,6 @@ def parse_size(value: Any) -> int:
 
 
 def _positive(value: Any, what: str, zero: bool = False) -> float:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not isfinite(value)
-        or value < 0
-        or (value == 0 and not zero)
-    ):
-        raise InputError(f"{what} is {value!r}, allowed are positive numbers")
+    if isinstance(value, bool) or not isinstance(value, Real) or not isfinite(value) or value < 0 or (value == 0 and not zero):
+        raise InputError(f"{what} is {value!r}, allowed are {'numbers from 0 on' if zero else 'positive numbers'}")
     return float(value)

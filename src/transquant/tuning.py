@@ -62,7 +62,7 @@ class Tuner:
                 self.slope = (large - small) / log2(high / low)
             draft, size = drafts.get(found.c) or min(drafts.values(), key=lambda d: abs(d[1] - self.target))
             # six decibels a bit: what a file of exactly the target size would measure, nearly
-            excess = 8 * (size - self.target) / max(self.num_values, 1)
+            excess = min(max(8 * (size - self.target) / max(self.num_values, 1), -2), 2)
             self.scores[choice] = self.distortion(draft) * 4.0**excess, draft.c
         return self.scores[choice]
 

@@ -135,7 +135,7 @@ def check_limits(entries: Iterable[Entry], file_bytes: int, limits: Limits) -> N
             sizes |= dict.fromkeys(tensor_names(entry), each)
             size = 4 * each + 16 * entry.channels + 8
         else:
-            count = prod(entry.shape)
+            count = prod(max(d, 1) for d in entry.shape)  # rows without columns have exponents, and arrays of them limits
             sizes[entry.name] = count * DTYPES[entry.dtype].size
             size = sizes[entry.name] + (8 * count if isinstance(entry, CodedEntry) else 0)
         total += size

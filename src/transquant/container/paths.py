@@ -32,6 +32,8 @@ def check_writable(path: str | PathLike[str]) -> None:
     target = Path(path)
     if target.is_dir():
         raise OutputError(f"cannot write {target}: it is a folder")
+    if target.exists() and not target.is_file():
+        raise OutputError(f"cannot write {target}: it is no ordinary file")
     if not target.parent.is_dir():
         raise OutputError(f"cannot write {target}: the folder {target.parent} does not exist")
     try:
@@ -47,7 +49,7 @@ def write_file(path: str | PathLike[str], data: bytes) -> None:
 
     Raises OutputError."""
     target = Path(path)
-    if target.is_dir() or not target.parent.is_dir():
+    if not target.parent.is_dir() or (target.exists() and not target.is_file()):
         check_writable(target)
     name = ""
     try:

@@ -14,7 +14,9 @@ from transquant.errors import InputError
 def load_safetensors(path: str | PathLike[str]) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, by name. Raises InputError."""
     if not fspath(path).endswith(".safetensors"):
-        raise InputError(f"cannot read weights from {fspath(path)}: allowed are .safetensors files")
+        raise InputError(
+            f"cannot read weights from {fspath(path)}: allowed are .safetensors (safetensors.torch.save_file writes them)"
+        )
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except OSError as error:

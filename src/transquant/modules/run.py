@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -47,15 +48,20 @@ def run_batch(
     return tensor
 
 
-def batches_of(calibration: Iterable[Any]) -> list[Any]:
-    """The batches of an iterable, checked not to be empty. Raises InputError."""
-    if isinstance(calibration, Tensor):
+def batches_of(calibration: Iterable[Any], whole: bool = False) -> list[Any]:
+    """The batches of an iterable, checked not to be empty; of tuples and lists the first element, unless `whole` (the
+    caller's `forward` takes them as they are). Raises InputError."""
+    if isinstance(calibration, Tensor | np.ndarray):
         calibration = [calibration]
+    if isinstance(calibration, str | bytes | Mapping):
+        raise InputError(f"calibration is a {type(calibration).__name__}, allowed is any iterable of batches, or None")
     try:
         batches = list(calibration)
     except TypeError:
         raise InputError(f"calibration is a {type(calibration).__name__}, allowed is any iterable of batches, or None") from None
-    batches = [b[0] if isinstance(b, tuple | list) and len(b) and isinstance(b[0], Tensor) else b for b in batches]
+    if not whole:
+        batches = [b[0] if isinstance(b, tuple | list) and len(b) and isinstance(b[0], Tensor | np.ndarray) else b for b in batches]
+    batches = [torch.from_numpy(b) if isinstance(b, np.ndarray) and b.dtype.kind in "fiub" else b for b in batches]
     if not batches:
         raise InputError("calibration has no batches")
     for batch in batches:
@@ -98,8 +104,11 @@ def num_samples(batch: Any) -> int:
 
 
 def _cut(tensor: Tensor) -> list[Tensor]:
-    size = _size(tensor)
-    return [tensor[a : a + size] for a in range(0, len(tensor), size)]
+    size = max(1, min(_size(tensor), len(tensor) // 5))  # few samples: still one in five can be held back
+    cuts = list(range(0, len(tensor), size))
+    if len(cuts) > 1 and len(tensor) - cuts[-1] == 1:  # a lone sample joins: some layers refuse a batch of one
+        cuts.pop()
+    return [tensor[a:b] for a, b in zip(cuts, [*cuts[1:], len(tensor)], strict=True)]
 
 
 def _size(tensor: Tensor) -> int:
@@ -130,13 +139,13 @@ def _leaves(batch: Any) -> Iterator[Tensor]:
 
 
 def _moved(batch: Any, model: nn.Module) -> Any:
-    """The batch on the model's device, floating inputs in the model's dtype where that is not float32."""
+    """The batch on the model's device, floating inputs in the model's dtype."""
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     if parameter is None:
         return batch
     if isinstance(batch, Tensor):
-        reduced = batch.is_floating_point() and parameter.dtype in (torch.float16, torch.bfloat16, torch.float64)
-        return batch.to(parameter.device, parameter.dtype if reduced else None)
+        batch = batch.clone() if batch.is_inference() else batch  # such tensors refuse to take part in gradients
+        return batch.to(parameter.device, parameter.dtype if batch.is_floating_point() else None)
     if isinstance(batch, Mapping):
         return {k: _moved(v, model) for k, v in batch.items()}
     if isinstance(batch, tuple | list):

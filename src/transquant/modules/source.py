@@ -25,7 +25,7 @@ def gather(plan: Plan, state: Mapping[str, Tensor]) -> tuple[dict[str, FloatArra
             scale, shift = batchnorm_equivalent(spec, state)
             values[f"{spec.name}.scale"], values[f"{spec.name}.shift"] = scale, shift
         elif isinstance(spec, RawSpec):
-            raw[spec.name] = _bytes(state[spec.name])
+            raw[spec.name] = _bytes(state[spec.name].to(getattr(torch, spec.dtype)))
     return values, raw
 
 

@@ -34,7 +34,11 @@ def plan_model(model: nn.Module) -> Plan:
     first_names: dict[object, str] = {}
     batchnorms: set[str] = set()
     total = 0
-    for key, value in _tensors(model.state_dict(keep_vars=True)).items():
+    state = _tensors(model.state_dict(keep_vars=True))
+    users: dict[object, set[int]] = {}  # modules that hold a tensor
+    for key, value in state.items():
+        users.setdefault(_identity(value), set()).add(id(owners.get(key.rpartition(".")[0])))
+    for key, value in state.items():
         owner, _, attribute = key.rpartition(".")
         if owner in batchnorms and attribute in (
             "weight",
@@ -49,7 +53,7 @@ def plan_model(model: nn.Module) -> Plan:
             specs = [_as_linear(s, owner, module) if s.name == first else s for s in specs]
             specs.append(AliasSpec(key, first))
             continue
-        if module is not None and _has_equivalent_set(module) and attribute == "weight":
+        if module is not None and attribute == "weight" and _has_equivalent_set(module, users):
             for name in ("weight", "bias", "running_mean", "running_var"):
                 tensor = getattr(module, name)
                 first_names[_identity(tensor)] = f"{owner}.{name}" if owner else name
@@ -120,14 +124,18 @@ def _as_linear(spec: Spec, owner: str, module: nn.Module | None) -> Spec:
     return spec
 
 
-def _has_equivalent_set(module: nn.Module) -> bool:
+def _has_equivalent_set(module: nn.Module, users: Mapping[object, set[int]]) -> bool:
     """A BatchNorm that in eval mode is a scale and a shift a channel, whose four vectors may come back as others.
 
-    A negative or tiny variance would not survive the conversion."""
+    Not where another module holds one of them too; and a negative or tiny variance would not survive the conversion."""
     if not isinstance(module, BATCHNORMS) or not module.affine or module.running_mean is None or module.running_var is None:
         return False
     plain = all(isinstance(getattr(module, n), Tensor) for n in ("weight", "bias")) and 0 <= module.eps < 0.5
-    return plain and module.weight.dtype in LOSSY_DTYPES and bool((module.running_var.double() + module.eps > 0).all())
+    if not plain or module.weight.dtype not in LOSSY_DTYPES:
+        return False
+    vectors = (module.weight, module.bias, module.running_mean, module.running_var)
+    alone = all(len(users.get(_identity(v), ())) == 1 for v in vectors)
+    return alone and bool((module.running_var.double() + module.eps > 0).all())
 
 
 def _batchnorm(name: str, module: nn.Module) -> BatchNormSpec:
@@ -140,6 +148,8 @@ def _tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict's tensors, checked."""
     result: dict[str, Tensor] = {}
     for key, value in state.items():
+        if not isinstance(key, str) or not 0 < len(key.encode("utf-8", "replace")) <= 512 or not key.isprintable():
+            raise InputError(f"a tensor is named {key!r:.100}, allowed are 1 to 512 bytes of printable text")
         if not isinstance(value, Tensor):
             raise InputError(f"the state dict's entry {key!r} is a {type(value).__name__}, allowed are tensors")
         if isinstance(value, UninitializedParameter | UninitializedBuffer):
@@ -152,7 +162,7 @@ def _tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise InputError(f"tensor {key!r} has {value.ndim} dimensions, allowed are at most 8")
         if (value.is_floating_point() or value.is_complex()) and not bool(torch.isfinite(value.detach()).all()):
             raise InputError(f"tensor {key!r} has NaN or infinite values; weights must be finite")
-        result[str(key)] = value
+        result[key] = value
     return result
 
 

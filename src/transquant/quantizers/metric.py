@@ -19,6 +19,9 @@ import torch
 
 from transquant.records import FloatArray, LayerStats
 
+MOST_NOISE = 4.0  # τ / (ā ḡ): above the weights' own energy nothing is left to protect, and steps must be free to grow
+LEAST_SPREAD = 1e-6  # of the inputs around their mean, relative to their energy
+
 
 @dataclass(frozen=True, slots=True)
 class Damping:
@@ -44,7 +47,7 @@ def noise_level(damping: Damping, water_level: float, variance: float, mean_in: 
     scale = variance * mean_in * mean_out
     if scale <= 0 or damping.noise <= 0:
         return 0.0
-    return float(np.sqrt(1 + damping.noise * water_level / scale) - 1)
+    return float(np.sqrt(1 + min(damping.noise * water_level / scale, MOST_NOISE)) - 1)
 
 
 def centred(stats: LayerStats) -> LayerStats:
@@ -52,11 +55,21 @@ def centred(stats: LayerStats) -> LayerStats:
     if stats.input_mean is None:
         return stats
     mean, moment = stats.input_mean, stats.input_moment
+    energy = mean_squares(moment)
+    if np.any(energy - np.mean(mean**2, 1) <= LEAST_SPREAD * energy):  # one sample, or all alike: the mean is all there is
+        return replace(stats, input_mean=None)
     if moment.ndim == 2:  # diagonals
         return replace(stats, input_moment=np.maximum(moment - mean**2, 0))
     if moment.ndim == 4:  # diagonal blocks
         mean = mean.reshape(moment.shape[:3])
     return replace(stats, input_moment=moment - mean[..., :, None] * mean[..., None, :])
+
+
+def mean_squares(moment: FloatArray) -> FloatArray:
+    """Mean diagonal entry of each group, float64 (g,)."""
+    diagonal = moment if moment.ndim == 2 else np.einsum("...ii->...i", moment)
+    means: FloatArray = diagonal.reshape(len(moment), -1).mean(1)
+    return means
 
 
 def mean_diagonal(moment: FloatArray) -> float:
@@ -76,6 +89,8 @@ def factor(moment: FloatArray) -> Factor:
     A moment that is not positive definite in float64 gets more damping, a factor of ten at a time."""
     if moment.ndim == 1:
         return Factor(None, np.maximum(moment, moment.mean() * 1e-12 + 1e-300))
+    if not mean_diagonal(moment) > 0:  # says nothing
+        return Factor(None, np.ones(moment.shape[0] if moment.ndim == 2 else moment.shape[0] * moment.shape[1]))
     extra = 0.0
     while True:
         damped = torch.from_numpy(regularise(moment, extra) if extra else moment)

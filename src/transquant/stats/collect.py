@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,8 @@ class _Partial:
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
     totals: dict[str, Tensor]
+    rows: dict[str, Tensor]  # squared gradients by row and by column, of weights that no hooked module used
+    columns: dict[str, Tensor]
     positions: dict[str, int]
     energies: dict[str, list[float]]
     vectors: dict[str, Tensor]
@@ -43,7 +46,7 @@ class _Partial:
     unit: float
 
     def add(self, other: _Partial) -> None:
-        for part in ("inputs", "outputs", "totals", "vectors"):
+        for part in ("inputs", "outputs", "totals", "rows", "columns", "vectors"):
             mine, theirs = getattr(self, part), getattr(other, part)
             for name, value in theirs.items():
                 if name in mine:
@@ -129,7 +132,8 @@ def copy_model(model: nn.Module) -> nn.Module:
     try:
         twin = copy.deepcopy(model)
     except Exception as error:
-        raise InputError(f"the model cannot be copied ({error}); transquant works on a copy, never on your model") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise InputError(f"the model cannot be copied ({reason}); transquant works on a copy, never on your model") from error
     twin.eval()
     for parameter in twin.parameters():
         parameter.grad = None
@@ -168,6 +172,10 @@ class _Collector:
             with torch.enable_grad():
                 output = self.run(self.model, batch)
                 resolve(metric, output)
+                if not output.requires_grad:
+                    raise InputError(
+                        "the model's output has no gradient (is its forward under torch.no_grad?); use metric='weights'"
+                    )
                 direction(output, metric, generator).backward()  # type: ignore[no-untyped-call]
         finally:
             for handle in handles:
@@ -178,8 +186,9 @@ class _Collector:
             {layer.spec.name: layer.input.cpu() for layer in seen if layer.input is not None},
             {layer.spec.name: layer.output.cpu() for layer in seen if layer.output is not None},
             {layer.spec.name: layer.total.cpu() for layer in seen if layer.total is not None},
+            *self._unseen_gradients(),
             {layer.spec.name: layer.positions for layer in seen},
-            {layer.spec.name: [self._energy(layer.spec.name) / samples] for layer in seen},
+            {layer.spec.name: [self._energy(layer.spec.name) / samples] for layer in self.layers},
             self._vector_gradients(),
             samples,
             unit(output, metric),
@@ -188,7 +197,21 @@ class _Collector:
     def _energy(self, name: str) -> float:
         """‖∇W‖² of the batch; the samples' directions are independent, so its mean is the sum of theirs."""
         gradient = self.parameters[name].grad
-        return 0.0 if gradient is None else float(gradient.double().square().sum())
+        energy = 0.0 if gradient is None else float(gradient.double().square().sum())
+        if not isfinite(energy):
+            raise InputError(f"the gradient of {name!r} has NaN or infinite values on a calibration batch")
+        return energy
+
+    def _unseen_gradients(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Squared gradients by row (g, o) and by column (g, n) of weights that were used, but not by calls of their module
+        (attention layers hand theirs to a function)."""
+        rows, columns = {}, {}
+        for layer in self.layers:
+            gradient = self.parameters[layer.spec.name].grad
+            if layer.input is None and gradient is not None:
+                squares = gradient.double().square().reshape(layer.shape.groups, layer.shape.rows, -1).cpu()
+                rows[layer.spec.name], columns[layer.spec.name] = squares.sum(2), squares.sum(1)
+        return rows, columns
 
     def _vector_gradients(self) -> dict[str, Tensor]:
         squares: dict[str, Tensor] = {}
@@ -205,6 +228,9 @@ class _Collector:
             by_scale = scale.double() * deviation + module.running_mean.double() * shift.double()
             squares[norm.key("weight")] = by_scale.square().cpu()
             squares[norm.key("bias")] = shift.double().square().cpu()
+        for key, square in squares.items():
+            if not bool(torch.isfinite(square).all()):
+                raise InputError(f"the gradient of {key!r} has NaN or infinite values on a calibration batch")
         return squares
 
 
@@ -215,25 +241,24 @@ def _users(module: nn.Module, others: list[nn.Module]) -> list[nn.Module]:
 
 
 def _layer_stats(spec: WeightSpec, total: _Partial, shape: Shape) -> LayerStats:
-    if spec.name not in total.inputs:  # never reached
+    if spec.name in total.inputs:
+        input_moment = (total.inputs[spec.name] / max(total.positions[spec.name], 1)).numpy()
+        output_moment = (total.outputs[spec.name] / total.samples).numpy()
+    elif spec.name in total.rows:
+        input_moment, output_moment = total.columns[spec.name].numpy(), total.rows[spec.name].numpy()
+    else:  # never reached
         return LayerStats(np.zeros((shape.groups, shape.columns)), np.zeros((shape.groups, shape.rows)), 0, 0.0, 0.0)
-    input_moment = (total.inputs[spec.name] / max(total.positions[spec.name], 1)).numpy()
-    output_moment = (total.outputs[spec.name] / total.samples).numpy()
     energies = np.array(total.energies[spec.name])
     energy = float(energies.mean())
     error = float(energies.std(ddof=1) / len(energies) ** 0.5 / energy) if len(energies) > 1 and energy > 0 else 0.0
-    traces = float((_traces(input_moment, shape.blocks > 0) * _traces(output_moment, _is_full(output_moment))).sum())
+    traces = float((_traces(input_moment) * _traces(output_moment)).sum())
     scale = energy / traces * total.unit if traces > 0 else 0.0
     mean = total.totals[spec.name].numpy() / total.positions[spec.name] if spec.name in total.totals else None
     return LayerStats(input_moment, output_moment * scale, total.samples, energy, error, mean)
 
 
-def _is_full(moment: FloatArray) -> bool:
-    return moment.ndim == 3
-
-
-def _traces(moment: FloatArray, full: bool) -> FloatArray:
+def _traces(moment: FloatArray) -> FloatArray:
     """Trace of each group's moment, float64 (g,)."""
-    diagonal = np.einsum("...ii->...i", moment) if full else moment
+    diagonal = np.einsum("...ii->...i", moment) if moment.ndim > 2 else moment
     traces: FloatArray = diagonal.reshape(len(moment), -1).sum(1)
     return traces

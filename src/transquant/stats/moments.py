@@ -64,7 +64,7 @@ class LayerMoments:
         self.positions = 0
 
     def _forward(self, module: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
-        if not args or not isinstance(result, Tensor) or not result.requires_grad:
+        if not args or not isinstance(result, Tensor) or not result.requires_grad or result.numel() == 0:
             return
         x = args[0].detach()
         if self.spec.kind == "embedding":
@@ -113,7 +113,7 @@ class LayerMoments:
 def _patches(module: nn.Module, x: Tensor) -> Tensor:
     """What each output position sees, (N, g, n, T)."""
     if not isinstance(module, nn.Conv2d):
-        return x.reshape(x.shape[0], -1, x.shape[-1]).transpose(1, 2)[:, None]
+        return x.reshape(len(x) if x.ndim > 1 else 1, -1, x.shape[-1]).transpose(1, 2)[:, None]
     if x.ndim == 3:
         x = x[None]
     if module.padding_mode != "zeros" or isinstance(module.padding, str):
