@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -222,6 +223,64 @@ def test_demo(cli, tmp_path):
     assert (tmp_path / "there" / "curve.png").exists()
 
 
+def test_data_beside_a_target_is_scored(cli, tmp_path):
+    x = torch.randn(60, 3, 12, 12)
+    np.savez(tmp_path / "data.npz", x=x.numpy(), y=make_net()(x).argmax(1).numpy())
+    code, out, _ = cli("compress", *NET, "--bits", 8, "--data", "data.npz", "-o", "net.tq", "--json", "--effort", 1)
+    assert code == 0
+    score = json.loads(out)["score"]
+    assert score["samples"] == 60
+    assert score["float_top1"] == 100
+    assert score["top1"] > 80
+    np.savez(tmp_path / "unlabelled.npz", x=x.numpy())
+    code, out, err = cli("evaluate", "net.tq", "--model", "model.py:net", "--data", "unlabelled.npz", "--json")
+    assert (code, json.loads(out)["samples"]) == (0, 60)
+    assert "no labels" in err
+    for y in (np.zeros(59, np.int64), np.eye(10)[np.zeros(60, int)], np.full(60, 14), np.array(["a"] * 60)):
+        np.savez(tmp_path / "wrong.npz", x=x.numpy(), y=y)
+        code, _, err = cli("evaluate", "net.tq", "--model", "model.py:net", "--data", "wrong.npz")
+        assert code == 2
+        assert "error: " in err
+
+
+def test_inputs_and_devices_are_never_written_over(cli, tmp_path):
+    save_file(make_net().state_dict(), tmp_path / "net.safetensors")
+    before = (tmp_path / "net.safetensors").read_bytes()
+    code, _, err = cli("compress", "--weights", "net.safetensors", "--size", "4KB", "-o", "net.safetensors", "--force")
+    assert code == 2
+    assert "both an input and the output" in err
+    assert (tmp_path / "net.safetensors").read_bytes() == before
+    os.mkfifo(tmp_path / "pipe.tq")
+    code, _, err = cli("compress", "--weights", "net.safetensors", "--size", "4KB", "-o", "pipe.tq", "--force")
+    assert code == 6
+    assert "no ordinary file" in err
+
+
+def test_an_interrupt_inside_compiled_code_is_an_interrupt(cli, monkeypatch):
+    def interrupt(*args, **kwargs):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise SystemError("returned a result with an exception set") from error
+
+    monkeypatch.setattr("transquant.codec.compress", interrupt)
+    code, _, err = cli("compress", *NET, "--bits", 4, "-o", "net.tq")
+    assert code == 130
+    assert "interrupted" in err
+
+
+def test_a_reader_that_has_seen_enough(tmp_path):
+    path = tmp_path / "net.tq"
+    tq.compress(make_net(), None, step=0.1).save(path)
+    code = f"{sys.executable} -m transquant inspect {path} | true; exit ${{PIPESTATUS[0]}}"
+    assert subprocess.run(["bash", "-c", code], capture_output=True).returncode == 0
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m transquant inspect {path} > /dev/full"], capture_output=True, text=True
+    )
+    assert done.returncode == 6
+    assert "No space left" in done.stderr
+
+
 OUT = ("-o", "out.tq")
 BAD = [
     (("compress", "--model", "absent.py:net", "--bits", 2, *OUT), 2, "no file absent.py"),
@@ -240,8 +299,12 @@ BAD = [
     (("compress", "--model", "model.py:net", "--calibration", "unreadable", "--bits", 2, *OUT), 2, "none of the 1 images"),
     (("compress", "--model", "model.py:net", "--calibration", "wrong.npz", "--bits", 2, *OUT), 2, "refuses a calibration batch of shape"),
     (("compress", "--model", "model.py:net", "--calibration", "nan.npz", "--bits", 2, *OUT), 2, "NaN or infinite"),
-    (("compress", "--model", "model.py:net", "--calibration", "broken.npz", "--bits", 2, *OUT), 2, "cannot read broken.npz"),
+    (("compress", "--model", "model.py:net", "--calibration", "broken.npz", "--bits", 2, *OUT), 2, "broken.npz is no .npz file"),
     (("compress", "--model", "model.py:net", "--calibration", "model.py:nothing", "--bits", 2, *OUT), 2, "returned nothing"),
+    (("compress", "--model", "model.py:net", "--calibration", "model.py:fails", "--bits", 2, *OUT), 2, "no weights here"),
+    (("compress", "--model", "model.py:net", "--calibration", "keys.npz", "--bits", 2, *OUT), 2, "has images, labels, expected x"),
+    (("compress", "--model", "model.py:net", "--calibration", "empty", "--limit", -3, "--bits", 2, *OUT), 2, "--limit"),
+    (("compress", "--weights", "other.safetensors", "--calibration", "wrong.npz", "--bits", 2, *OUT), 2, "--model"),
     (("compress", "--model", "model.py:net", *OUT), 2, "exactly one target"),
     (("compress", "--model", "model.py:net", "--bits", 2, "--size", "3KB", *OUT), 2, "--bits and --size"),
     (("compress", "--model", "model.py:net", "--size", "3 parsecs", *OUT), 2, "3 parsecs"),
@@ -278,6 +341,7 @@ def test_bad_input(cli, tmp_path, arguments, code, message):
     (tmp_path / "unreadable" / "a" / "1.png").write_bytes(b"no picture")
     np.savez(tmp_path / "wrong.npz", x=np.zeros((20, 5), np.float32))
     np.savez(tmp_path / "nan.npz", x=np.full((20, 3, 12, 12), np.nan, np.float32))
+    np.savez(tmp_path / "keys.npz", images=np.zeros((20, 3, 12, 12), np.float32), labels=np.zeros(20))
     save_file({"weight": torch.zeros(3, 3)}, tmp_path / "other.safetensors")
     good = tq.compress(make_net(), None, step=0.1).data
     (tmp_path / "good.tq").write_bytes(good)

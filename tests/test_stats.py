@@ -201,7 +201,7 @@ def test_weights_as_the_metric(net):
 
 
 def test_failures_say_what_is_wrong(net, images):
-    with pytest.raises(InputError, match=r"\(32, 3\)"):
+    with pytest.raises(InputError, match=r"\(8, 3\)"):
         statistics(net, torch.randn(40, 3))
     with pytest.raises(InputError, match="metric 'kl'"):
         statistics(nn.Conv2d(3, 2, 3), images, "kl")

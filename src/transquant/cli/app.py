@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -11,7 +13,7 @@ import typer
 
 from transquant import __version__
 from transquant.cli import commands
-from transquant.errors import TransquantError
+from transquant.errors import OutputError, TransquantError
 
 EXIT_CODES = """Exit codes: 0 ok; 1 internal error; 2 usage or input; 3 target not reachable; 4 bad compressed file;
 5 an optional dependency is missing; 6 output cannot be written; 130 interrupted."""
@@ -31,19 +33,34 @@ class _Interrupted(Exception):
     """Control-C, in a form that the parser does not answer by itself."""
 
 
-def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
+def _guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with its output flushed, and what ends it from outside turned into what `main` documents."""
+
     @wraps(command)
     def run(*arguments: object, **options: object) -> None:
         try:
             command(*arguments, **options)
+            sys.stdout.flush()
         except (KeyboardInterrupt, EOFError):
             raise _Interrupted from None
+        except BrokenPipeError:  # whoever read stdout has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except TransquantError:
+            raise
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise OutputError(f"cannot write the result: {error.strerror}") from None
+        except Exception as error:  # compiled code wraps an interrupt in an error of its own
+            if isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):
+                raise _Interrupted from None
+            raise
 
     return run
 
 
 for name, command in commands.COMMANDS.items():
-    app.command(name)(_interruptible(command))
+    app.command(name)(_guarded(command))
 
 
 @app.callback(invoke_without_command=True)
@@ -61,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
     except TransquantError as error:
         _fail(str(error), error.exit_code, given)
     except (KeyboardInterrupt, _Interrupted):
-        _fail("interrupted; nothing was written", 130, given)
+        _fail("interrupted; no file was left half written", 130, given)
     except MemoryError:
         _fail("out of memory", 1, given)
     except Exception as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,26 +57,53 @@ def load_data(source: str, option: str, how: Preprocessing) -> Data:
     if path.suffix == ".npz":
         return _npz(path, option, how)
     if ".py:" in source:
-        batches = call(source, option)
-        if batches is None:
-            raise InputError(f"{option}: {source} returned nothing, expected an iterable of batches")
-        return Data(batches, None)
+        return _function(source, option)
     if not path.exists():
         raise InputError(f"{option}: there is no file or folder {source}")
     raise InputError(f"{option} is {source}, expected an image folder, FILE.npz, or FILE.py:FUNCTION")
 
 
+def _function(source: str, option: str) -> Data:
+    """What a function returns: batches; pairs whose second element is an integer vector give the labels too."""
+    try:
+        batches = call(source, option)
+        if batches is None:
+            raise InputError(f"{option}: {source} returned nothing, expected an iterable of batches")
+        batches = [batches] if isinstance(batches, Tensor) else list(batches)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{option}: the function of {source} failed: {type(error).__name__}: {error}") from error
+    pairs = [b for b in batches if isinstance(b, tuple | list) and len(b) == 2 and _are_labels(b[1])]
+    if batches and len(pairs) == len(batches):
+        return Data([b[0] for b in pairs], torch.cat([b[1] for b in pairs]).long())
+    return Data(batches, None)
+
+
+def _are_labels(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 1 and not value.is_floating_point() and not value.is_complex()
+
+
 def _npz(path: Path, option: str, how: Preprocessing) -> Data:
     try:
         with np.load(path, allow_pickle=False) as archive:
-            if not archive.files:
-                raise InputError(f"{option}: {path} has no arrays")
-            inputs = archive["x" if "x" in archive.files else archive.files[0]]
-            labels = archive["y"] if "y" in archive.files else None
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(f"{option}: cannot read {path}: {error}") from None
-    if inputs.ndim == 0 or len(inputs) == 0:
-        raise InputError(f"{option}: the array in {path} has no samples")
+            names = archive.files
+            if "x" not in names and len(names) != 1:
+                raise InputError(
+                    f"{option}: {path} has {', '.join(names) or 'no arrays'}, expected x (samples) and, to score on, y"
+                )
+            inputs = archive["x" if "x" in names else names[0]]
+            labels = archive["y"] if "y" in names else None
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{option}: {path} is no .npz file that can be read ({type(error).__name__})") from None
+    if inputs.ndim == 0 or len(inputs) == 0 or inputs.dtype.kind not in "fiub":
+        raise InputError(
+            f"{option}: x in {path} is {inputs.dtype} of shape {inputs.shape}, expected numbers with the samples first"
+        )
+    if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != inputs.shape[:1]):
+        raise InputError(f"{option}: y in {path} is {labels.dtype} of shape {labels.shape}, expected {len(inputs)} class numbers")
     inputs = inputs[: how.limit]
     tensor = torch.from_numpy(inputs.astype(np.float32) if inputs.dtype.kind == "f" else inputs)
     return Data(_batches(tensor, how.batch), None if labels is None else torch.from_numpy(labels[: how.limit].astype(np.int64)))
@@ -118,6 +144,8 @@ def _folder(folder: Path, option: str, how: Preprocessing) -> Data:
     shapes = {i.shape for i in images}
     if len(shapes) > 1:
         raise InputError(f"{option}: images in {folder} differ in size; give --resize and --crop")
+    if not all(v > 0 for v in how.std) or not how.scale > 0:
+        raise InputError(f"--std is {how.std} and --scale {how.scale}, allowed are positive numbers")
     try:
         batch = (np.stack(images) / how.scale - np.reshape(how.mean, (-1, 1, 1))) / np.reshape(how.std, (-1, 1, 1))
     except ValueError:

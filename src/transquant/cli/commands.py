@@ -18,20 +18,28 @@ Model = Annotated[str | None, typer.Option("--model", help="FILE.py:FACTORY; the
 Weights = Annotated[Path | None, typer.Option("--weights", help="Float weights, FILE.safetensors.")]
 Calibration = Annotated[
     str | None,
-    typer.Option("--calibration", help="Unlabelled samples: image folder (a folder a class), FILE.npz, FILE.py:FUNCTION."),
+    typer.Option(
+        "--calibration", help="Unlabelled samples: image folder, FILE.npz with x (float32, samples first), FILE.py:FUNCTION."
+    ),
 ]
-TestData = Annotated[str | None, typer.Option("--data", help="Labelled samples to score on, like --calibration.")]
-Resize = Annotated[int | None, typer.Option(help="Images: length of the shorter side.")]
-Crop = Annotated[int | None, typer.Option(help="Images: side of the centre crop.")]
+TestData = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        help="Labelled samples to score on: a folder a class, FILE.npz with x and y, FILE.py:FUNCTION of (x, y) batches.",
+    ),
+]
+Resize = Annotated[int | None, typer.Option(min=1, help="Images: length of the shorter side.")]
+Crop = Annotated[int | None, typer.Option(min=1, help="Images: side of the centre crop.")]
 Mean = Annotated[str, typer.Option(help="Images: mean a channel, after the division by --scale.")]
 Std = Annotated[str, typer.Option(help="Images: standard deviation a channel.")]
 Scale = Annotated[float, typer.Option(help="Images: pixels are divided by this.")]
-Limit = Annotated[int | None, typer.Option(help="Use at most so many samples.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use at most so many samples.")]
 Batch = Annotated[int, typer.Option(min=1, help="Samples a batch.")]
 Metric = Annotated[str, typer.Option(help="auto, kl, mse or weights.")]
 Transform = Annotated[str, typer.Option(help="auto or identity.")]
-Effort = Annotated[int, typer.Option(min=1, max=9, help="1 fast, 5 default, 9 most thorough.")]
-Seed = Annotated[int, typer.Option(help="Same seed, same file.")]
+Effort = Annotated[int, typer.Option(min=1, max=9, help="1 and 2: nothing is tuned on held-back samples; 3 to 9: all is.")]
+Seed = Annotated[int, typer.Option(min=0, help="Same seed, same file.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress, errors only.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="More log; tracebacks.")]
@@ -39,11 +47,15 @@ Force = Annotated[bool, typer.Option("-f", "--force", help="Overwrite an existin
 File = Annotated[Path, typer.Argument(help="A compressed file.")]
 
 
-def _output(path: Path, force: bool) -> Path:
-    """Checked before long work."""
+def _output(path: Path, force: bool, *inputs: str | Path | None) -> Path:
+    """Checked before long work; never one of the inputs."""
     from transquant.container import check_writable
 
     check_writable(path)
+    for given in inputs:
+        file = str(given).rpartition(":")[0] if given and ".py:" in str(given) else given
+        if file and path.exists() and Path(file).exists() and path.samefile(file):
+            raise InputError(f"{path} is both an input and the output")
     if path.exists() and not force:
         raise InputError(f"{path} exists already; give --force to overwrite it")
     return path
@@ -66,9 +78,9 @@ def compress(
     size: Annotated[str | None, typer.Option(help="Target: bytes, 64KB, 64KiB, 1.5MB.")] = None,
     ratio: Annotated[float | None, typer.Option(help="Target: how many times smaller.")] = None,
     distortion: Annotated[float | None, typer.Option(help="Target: measured output distortion.")] = None,
-    step: Annotated[float | None, typer.Option(help="The global step itself; no search.")] = None,
+    step: Annotated[float | None, typer.Option(help="The global step itself (`c` in the settings of --json); no search.")] = None,
     max_drop: Annotated[float | None, typer.Option(help="Target: points of top-1 accuracy lost on --data.")] = None,
-    exact: Annotated[list[str] | None, typer.Option(help="Store tensors that match this pattern exactly; repeatable.")] = None,
+    exact: Annotated[list[str] | None, typer.Option(help="Store tensors of this name (a glob pattern) exactly.")] = None,
     metric: Metric = "auto", transform: Transform = "auto", effort: Effort = 5, seed: Seed = 0,
     resize: Resize = None, crop: Crop = None, mean: Mean = "0", std: Std = "1", scale: Scale = 255.0,
     limit: Limit = None, batch: Batch = 100,
@@ -76,7 +88,7 @@ def compress(
 ) -> None:  # fmt: skip
     """Compress a trained network to a file of a given size."""
     set_logging(quiet, verbose)
-    _output(output, force)
+    _output(output, force, model, weights, calibration, data)
     _one_target(bits=bits, size=size, ratio=ratio, distortion=distortion, step=step, max_drop=max_drop)
     from transquant.cli.models import load_model
     from transquant.codec import compress as run
@@ -96,10 +108,16 @@ def compress(
             overrides=dict.fromkeys(exact or [], "exact"), progress=progress,
         )  # fmt: skip
     compressed.save(output)
+    score: dict[str, Any] = {}
+    if test is not None:
+        from transquant.cli.scoring import compare
+
+        score = compare(net, compressed, test, True)
     if as_json:
-        print_json({"output": str(output), **compressed.report.as_dict()})
+        print_json({"output": str(output), **compressed.report.as_dict(), "score": score})
     elif not quiet:
         typer.echo(f"{output}: {compressed.report}")
+        _print_score(score)
 
 
 def decompress(
@@ -111,14 +129,17 @@ def decompress(
     set_logging(quiet, verbose)
     if output.suffix != ".safetensors":
         raise InputError(f"the output is {output}, expected a name that ends in .safetensors")
-    _output(output, force)
+    _output(output, force, file)
     from safetensors.torch import save
 
     from transquant.codec import load
     from transquant.container import write_file
 
     state = load(file).state_dict()
-    payload = save({k: v.clone().contiguous() for k, v in state.items()})  # clones: the format knows no shared memory
+    try:
+        payload = save({k: v.clone().contiguous() for k, v in state.items()})  # clones: the format knows no shared memory
+    except KeyError as error:
+        raise InputError(f"{file} has tensors of {error.args[0]}, which .safetensors cannot hold") from None
     write_file(output, payload)
     if as_json:
         print_json({"output": str(output), "bytes": len(payload), "tensors": len(state)})
@@ -164,8 +185,7 @@ def evaluate(
     if as_json:
         print_json(result)
     else:
-        for key, value in result.items():
-            typer.echo(f"{key:<16} {value:,.4f}" if isinstance(value, float) else f"{key:<16} {value}")
+        _print_score(result)
 
 
 def sweep(
@@ -219,6 +239,11 @@ def demo(
         print_json(result)
     elif not quiet:
         typer.echo(format_table(result))
+
+
+def _print_score(score: dict[str, Any]) -> None:
+    for key, value in score.items():
+        typer.echo(f"{key:<16} {value:,.4f}" if isinstance(value, float) else f"{key:<16} {value}")
 
 
 def _one_target(**targets: Any) -> None:

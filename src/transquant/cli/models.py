@@ -51,14 +51,15 @@ def call(source: str, option: str) -> Any:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(path.stem, module)
-    sys.path.insert(0, str(path.resolve().parent))  # so that the file's own imports work
+    sys.path.insert(0, str(path.resolve().parent))  # so that the file's own imports work, also those inside the function
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise InputError(f"{option}: {file} cannot be imported: {type(error).__name__}: {error}") from error
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise InputError(f"{option}: {file} cannot be imported: {type(error).__name__}: {error}") from error
+        function = getattr(module, name, None)
+        if not callable(function):
+            raise InputError(f"{option}: {file} has no function {name!r}")
+        return function()
     finally:
         sys.path.pop(0)
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise InputError(f"{option}: {file} has no function {name!r}")
-    return function()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,8 @@ from transquant.errors import InputError
 from transquant.modules import batches_of, micro_batches, run_batch
 from transquant.stats.metric import distance, resolve
 
+_log = logging.getLogger("transquant")
+
 
 def outputs(model: nn.Module, data: Data) -> Tensor:
     """Outputs (N, ...) of a model in eval mode on all data."""
@@ -25,8 +28,12 @@ def outputs(model: nn.Module, data: Data) -> Tensor:
 
 def top1(output: Tensor, data: Data) -> float:
     """Top-1 accuracy in per cent. Raises InputError where labels are missing or do not fit."""
-    if data.labels is None or output.ndim != 2 or len(data.labels) != len(output):
+    if data.labels is None or output.ndim != 2:
         raise InputError("accuracy needs labelled data (a folder a class, or y in the .npz) and outputs of shape (N, C)")
+    if len(data.labels) != len(output) or int(data.labels.max()) >= output.shape[1] or int(data.labels.min()) < 0:
+        raise InputError(
+            f"the labels are {len(data.labels)} numbers up to {int(data.labels.max())}, the outputs {tuple(output.shape)}"
+        )
     return 100 * (output.argmax(1) == data.labels).float().mean().item()
 
 
@@ -42,8 +49,10 @@ def compare(model: nn.Module | Any, compressed: CompressedModel, data: Data, has
     if not isinstance(model, nn.Module):
         raise InputError("evaluate needs --model FILE.py:FACTORY")
     output = outputs(compressed.install(copy.deepcopy(model)), data)
-    result: dict[str, float] = {"samples": float(len(output))}
-    if data.labels is not None:
+    result: dict[str, float] = {"samples": len(output)}
+    if data.labels is None:
+        _log.warning("the data have no labels, so there is no accuracy: expected a folder a class, or x and y in the .npz")
+    else:
         result["top1"] = top1(output, data)
     if has_weights:
         reference = outputs(model, data)

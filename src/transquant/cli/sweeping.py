@@ -38,7 +38,7 @@ def sweep_rates(
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows([*rows, *kept])
+        writer.writerows(sorted([*rows, *kept], key=lambda row: row["bits"]))
         write_file(output, text.getvalue().encode())
     progress("rates", len(rates), len(rates))
     key, label = ("top1", "top-1 accuracy (%)") if rows[0]["top1"] is not None else ("measured_distortion", "output distortion")
