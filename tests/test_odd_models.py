@@ -198,6 +198,15 @@ def test_limits_are_kept_from_load_to_install(tmp_path):
     assert not loaded.install(nn.Linear(2048, 2048, bias=False)).weight.any()
 
 
+def test_a_forward_that_belongs_to_another_object():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    layers = list(model)
+    model.forward = lambda x: layers[2](torch.relu(layers[0](x)))  # a copy of the model still runs the original's layers
+    with pytest.raises(tq.errors.InputError, match="reached no weight"):
+        tq.compress(model, torch.randn(40, 4), step=0.01)
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_a_lone_last_sample_joins_the_others():
     from transquant.modules import micro_batches
 

@@ -13,11 +13,13 @@ from torch import nn
 
 @contextmanager
 def unchanged(model: nn.Module | None) -> Iterator[None]:
-    """Restore the random states of torch, numpy and Python, and each module's training flag.
+    """Restore the random states of torch, numpy and Python, each module's training flag, and which gradients there are.
 
-    Weights, gradients and hooks need no care here: work is done on copies."""
+    Weights and hooks need no care here: work is done on copies. (A `forward` that is a closure over the original reaches
+    its gradients even so.)"""
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     modes = [] if model is None else [(m, m.training) for m in model.modules()]
+    gradients = [] if model is None else [(p, p.grad) for p in model.parameters()]
     try:
         yield
     finally:
@@ -26,3 +28,5 @@ def unchanged(model: nn.Module | None) -> Iterator[None]:
         torch.set_rng_state(torch_state)
         for module, training in modes:
             module.training = training
+        for parameter, gradient in gradients:
+            parameter.grad = gradient

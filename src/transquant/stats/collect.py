@@ -78,12 +78,12 @@ def collect(
     `batches` are fixed micro-batches (`modules.micro_batches`), `run(model, batch)` gives the output (N, ...). One random
     direction a sample, one forward and one backward pass. The scale of each layer's G ⊗ A is that of E‖∇W‖².
     Raises InputError for a model that cannot be copied or run, and for NaN or infinite activations."""
-    collectors = [_Collector(copy_model(model), plan, run, max_side, memory_limit) for _ in range(pool.count)]
+    collectors = [_Collector(copy_model(model), plan, run, max_side, memory_limit) for _ in range(min(pool.count, len(batches)))]
     with torch.no_grad():
         metric = resolve(metric, run(collectors[0].model, batches[0]))
     total: _Partial | None = None
-    for first in range(0, len(batches), pool.count):
-        chunk = list(enumerate(batches[first : first + pool.count], first))
+    for first in range(0, len(batches), len(collectors)):
+        chunk = list(enumerate(batches[first : first + len(collectors)], first))
         jobs = zip(collectors, chunk, strict=False)
         for partial in pool.map(lambda job: job[0].partial(*job[1], metric, seed), jobs):
             if total is None:
@@ -91,8 +91,10 @@ def collect(
             else:
                 total.add(partial)
         if progress:
-            progress(min(first + pool.count, len(batches)), len(batches))
+            progress(min(first + len(collectors), len(batches)), len(batches))
     assert total is not None
+    if not total.inputs and not total.rows:
+        raise InputError("calibration reached no weight of the model: is its forward a function of another object?")
     weights = [s for s in plan.specs if isinstance(s, WeightSpec)]
     layers = {s.name: _layer_stats(s, total, collectors[0].shapes[s.name]) for s in weights}
     vectors = {key: (value / total.samples * total.unit).numpy() for key, value in total.vectors.items()}

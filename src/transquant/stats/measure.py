@@ -20,7 +20,7 @@ class Reference:
 
     def __init__(self, model: nn.Module, batches: Sequence[Any], run: Run, pool: Workers, metric: str) -> None:
         self.batches, self.run, self.pool, self.metric = list(batches), run, pool, metric
-        self._models = [copy_model(model) for _ in range(pool.count)]
+        self._models = [copy_model(model) for _ in range(min(pool.count, len(self.batches)))]
         self._state = {k: v.detach().clone() for k, v in model.state_dict().items()}
         self._outputs = self._all_outputs()
 
