@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from transquant import grid
-from transquant.allocation.search import largest_feasible, meet_size
+from transquant.allocation.search import Closest, largest_feasible, meet_size
 from transquant.allocation.steps import Grouping, matrix_steps
 from transquant.errors import CorruptFile
 from transquant.quantizers.feedback import Rounding, quantize_feedback
@@ -174,6 +174,17 @@ def test_search_survives_a_staircase():
     found = meet_size(lambda c: 1000 * round(10 / c), 4500, 10, 1.0, 1000)
     assert found.feasible
     assert found.value == 4000
+
+
+def test_the_draft_that_is_kept_is_the_one_the_search_finds():
+    for limit in (5, 50, 500):
+        closest = Closest(limit)
+        found = meet_size(lambda c: closest.offer(c, int(100 / c)), limit, 1, 1.0, 50, max_steps=8)  # noqa: B023
+        assert closest.size == found.value
+        assert closest.item == found.c
+    closest = Closest(10)
+    assert [closest.offer(k, k) for k in (30, 20, 40)] == [30, 20, 40]
+    assert closest.item == 20
 
 
 def test_largest_feasible():

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from transquant.allocation.search import largest_feasible, meet_size
+from transquant.allocation.search import Closest, largest_feasible, meet_size
 from transquant.encoder import Choice, Draft, Encoder
 from transquant.errors import InputError, TargetError
 from transquant.records import WeightSpec
@@ -76,21 +76,24 @@ class TargetSearch:
         return self.reference.distortion(draft.state()) if self.reference else draft.predicted
 
     def _meet_bytes(self, choice: Choice, start: float) -> Draft:
-        drafts: dict[float, Draft] = {}
+        closest: Closest[Draft] = Closest(self.target.value)
+        tries = 0
 
         def size_of(c: float) -> float:
-            drafts[c] = self.encoder.draft(c, choice)
-            self.say("search", len(drafts), 0)
-            return self.size(drafts[c])
+            nonlocal tries
+            tries += 1
+            self.say("search", tries, 0)
+            draft = self.encoder.draft(c, choice)
+            return closest.offer(draft, self.size(draft))
 
         found = meet_size(size_of, self.target.value, 0.4 * self.target.slack, start, self.num_values / 10)
-        if not found.feasible:
+        if closest.item is None or not found.feasible:
             raise TargetError(
                 f"a file of {self.target.value:.0f} bytes cannot be reached: the smallest found takes {found.value:.0f} bytes"
             )
         if found.value < self.target.value - self.target.slack:
             _log.warning("the finest file has %d bytes; %d were allowed", found.value, self.target.value)
-        return drafts[found.c]
+        return closest.item
 
     def _meet_quality(self, choice: Choice, start: float) -> Draft:
         """The coarsest draft within the allowed distortion or drop."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from math import log2
 
-from transquant.allocation.search import meet_size
+from transquant.allocation.search import Closest, meet_size
 from transquant.allocation.steps import Grouping
 from transquant.encoder import Choice, Draft
 from transquant.quantizers.metric import Damping
@@ -48,19 +48,21 @@ class Tuner:
     def score(self, choice: Choice, start: float) -> tuple[float, float]:
         """(distortion at the target size, c) of a choice; the search for c begins at `start`."""
         if choice not in self.scores:
-            drafts: dict[float, tuple[Draft, int]] = {}
+            slack = 2 * ROUGH * self.target
+            closest: Closest[Draft] = Closest(self.target + slack / 2)
+            sizes: dict[float, int] = {}
 
             def size_of(c: float) -> float:
                 draft = self.draft(c, choice)
-                drafts[c] = draft, self.size(draft)
-                return drafts[c][1]
+                sizes[c] = closest.offer(draft, self.size(draft))
+                return sizes[c]
 
-            slack = 2 * ROUGH * self.target
-            found = meet_size(size_of, self.target + slack / 2, slack, start, self.slope, max_steps=6)
-            (low, (_, large)), (high, (_, small)) = min(drafts.items()), max(drafts.items())
+            meet_size(size_of, closest.limit, slack, start, self.slope, max_steps=6)
+            (low, large), (high, small) = min(sizes.items()), max(sizes.items())
             if large > small:
                 self.slope = (large - small) / log2(high / low)
-            draft, size = drafts.get(found.c) or min(drafts.values(), key=lambda d: abs(d[1] - self.target))
+            draft, size = closest.item, closest.size
+            assert draft is not None
             # six decibels a bit: what a file of exactly the target size would measure, nearly
             excess = min(max(8 * (size - self.target) / max(self.num_values, 1), -2), 2)
             self.scores[choice] = self.distortion(draft) * 4.0**excess, draft.c

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import log2
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +21,27 @@ class Found:
     c: float
     feasible: bool
     value: float
+
+
+@dataclass(slots=True)
+class Closest(Generic[T]):
+    """Keeps, of what a search visits, the one item that `meet_size` will choose: drafts of large models are large.
+
+    That is the largest size of at most `limit` bytes, or the smallest where all are larger."""
+
+    limit: float
+    item: T | None = None
+    size: int = 0
+
+    def offer(self, item: T, size: int) -> int:
+        """Keep the item if it is better than what is kept; its size is returned."""
+        if self.item is None or self._rank(size) > self._rank(self.size):
+            self.item, self.size = item, size
+        return size
+
+    def _rank(self, size: int) -> tuple[bool, int]:
+        fits = size <= self.limit
+        return fits, size if fits else -size
 
 
 def meet_size(

@@ -19,7 +19,7 @@ import torch
 
 from transquant.records import FloatArray, LayerStats
 
-MOST_NOISE = 64.0  # τ / (ā ḡ), far above the energy of the weights: from there on steps must be free to grow
+MOST_NOISE = 1e4  # τ / (ā ḡ), far above the energy of the weights: from there on steps are free to grow, down to nothing
 LEAST_SPREAD = 1e-6  # of the inputs around their mean, relative to their energy
 
 
