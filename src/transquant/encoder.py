@@ -124,16 +124,7 @@ class Encoder:
             name: centred(layer) if name.removesuffix("weight") in own_bias else replace(layer, input_mean=None)
             for name, layer in stats.layers.items()
         }
-
-    @property
-    def idle_level(self) -> float:
-        """Distortion of an error as large as the weights themselves: mean over the weights that calibration reached, or 1."""
-        total = count = 0.0
-        for name, layer in self.layers.items():
-            energy = float(np.sum(self.source.values[name] ** 2)) * _mean_level(layer)
-            if energy > 0:
-                total, count = total + energy, count + self.source.values[name].size
-        return total / count if count else 1.0
+        self.idle_level = _mean_energy(self.layers, source.values)
 
     def draft(self, c: float, choice: Choice) -> Draft:
         """Quantize everything with scalar c, rounded to the format's grid."""
@@ -300,6 +291,13 @@ def _quarter_octaves(magnitudes: FloatArray) -> int:
     """By how much a step index must grow so that symbols stay well inside the format's range; feedback needs some room."""
     largest = float(magnitudes.max(initial=0.0))
     return max(0, ceil(4 * log2(largest / LARGEST_SYMBOL))) if largest > 0 else 0
+
+
+def _mean_energy(layers: Mapping[str, LayerStats], values: Mapping[str, FloatArray]) -> float:
+    """Distortion of an error as large as a weight itself: mean over the weights that calibration reached, or 1."""
+    energies = {name: float(np.sum(values[name] ** 2)) * _mean_level(layer) for name, layer in layers.items()}
+    count = sum(values[name].size for name, energy in energies.items() if energy > 0)
+    return sum(energies.values()) / count if count else 1.0
 
 
 def _mean_level(stats: LayerStats) -> float:
