@@ -23,7 +23,8 @@ from pages import insert_table
 from transquant import modules
 from transquant.allocation.search import meet_size
 from transquant.allocation.steps import Grouping
-from transquant.encoder import Choice, Encoder, Source
+from transquant.choices import Choice
+from transquant.encoder import Encoder, Source
 from transquant.quantizers.metric import Damping
 from transquant.records import LayerStats, Statistics
 from transquant.stats import collect, weight_statistics

@@ -23,8 +23,12 @@ from transquant.records import (
     RawEntry,
     RawSpec,
     Statistics,
+    is_packed,
 )
 from transquant.report import LayerReport, Report
+
+KIND_NAMES = {"i": "identity", "d": "dct", "k": "klt", "e": "elt"}
+AXIS_NAMES = {"r": "rows", "c": "channels", "k": "kernel", "j": "joint"}  # of the tensor as it is stored
 
 
 def report_of(
@@ -34,23 +38,28 @@ def report_of(
     encoded: EncodedFile,
     measured: float | None,
     settings: Mapping[str, Any],
+    gains: Mapping[str, float],
+    verification: tuple[Any, ...] = (),
 ) -> Report:
-    """The report of a compression that has just been done."""
+    """The report of a compression that has just been done; `gains` of its transforms, in bits a value."""
     total = max(draft.predicted, 1e-300)
     shares = {name: d / total for name, d in draft.distortions.items()}
     bits = {name: (b, encoded.exponent_bits[name]) for name, b in encoded.symbol_bits.items()}
-    rows = tuple(_rows(draft.entries, bits, draft.step, shares))
+    rows = tuple(_rows(draft.entries, bits, draft.step, shares, gains))
     raw = tuple((s.name, s.reason) for s in plan.specs if isinstance(s, RawSpec))
     return _report(
         rows, encoded.data, encoded.raw_bytes, plan.original_bytes, plan.num_parameters, stats.metric,
-        draft.predicted, measured, raw, settings,
+        draft.predicted, measured, raw, settings, verification,
     )  # fmt: skip
 
 
-def file_report(container: Container, data: bytes, plane_bits: Sequence[float]) -> Report:
-    """The report that a file gives of itself; `plane_bits` as decoding counted them."""
+def file_report(
+    container: Container, data: bytes, plane_bits: Sequence[float], packed_bits: dict[str, tuple[float, float]]
+) -> Report:
+    """The report that a file gives of itself; `plane_bits` as decoding counted them, and those of packed tensors."""
     coded = [e for e in container.entries if isinstance(e, CodedEntry | BatchNormEntry)]
-    bits = {name: (symbols, exponents) for name, symbols, exponents in split_bits(coded, plane_bits)}
+    in_symbols = [e for e in coded if not is_packed(e)]
+    bits = {name: (symbols, exponents) for name, symbols, exponents in split_bits(in_symbols, plane_bits)} | packed_bits
     raw_bytes = sum(len(s.data) for s in container.sections if s.kind == "r")
     metric, predicted, shares = read_distortions(container.metadata, [e.name for e in coded])
     parameters = original = 0
@@ -66,6 +75,7 @@ def file_report(container: Container, data: bytes, plane_bits: Sequence[float]) 
 def _report(
     rows: tuple[LayerReport, ...], data: bytes, raw_bytes: int, original: int, parameters: int, metric: str,
     predicted: float | None, measured: float | None, raw: tuple[tuple[str, str], ...], settings: Mapping[str, Any],
+    verification: tuple[Any, ...] = (),
 ) -> Report:  # fmt: skip
     payload = round(sum(r.payload_bits for r in rows if r.kind == "weight") / 8)
     side = round(sum(r.payload_bits for r in rows if r.kind != "weight") / 8) + raw_bytes
@@ -74,7 +84,7 @@ def _report(
         file_bytes=len(data), payload_bytes=payload, side_parameter_bytes=side,
         side_info_bytes=len(data) - header - payload - side, header_bytes=header, original_bytes=original,
         num_parameters=parameters, metric=metric, predicted_distortion=predicted, measured_distortion=measured,
-        layers=rows, raw=raw, settings=settings,
+        layers=rows, raw=raw, settings=settings, verification=verification,
     )  # fmt: skip
 
 
@@ -83,26 +93,37 @@ def _rows(
     bits: Mapping[str, tuple[float, float]],
     step: tuple[int, int],
     shares: Mapping[str, float],
+    gains: Mapping[str, float] | None = None,
 ) -> Iterator[LayerReport]:
     for entry in entries:
         if isinstance(entry, CodedEntry):
             kind = "weight" if len(entry.shape) > 1 else "vector"
-            size = float(grid.steps(step, np.array([[entry.qp]]))[0, 0])
+            transform = _transform_name(entry)
+            size = None if entry.coding == "f" else float(grid.steps(step, np.array([[entry.qp]]))[0, 0])
             count, shape = prod(entry.shape), entry.shape
         elif isinstance(entry, BatchNormEntry):
             kind, size, count, shape = "batchnorm", None, 2 * entry.channels, (entry.channels,)
+            transform = "identity"
         else:
             continue
         yield LayerReport(
             entry.name,
             shape,
             kind,
-            "identity",
+            transform,
             count,
             *bits[entry.name],
             step=size,
             distortion_share=shares.get(entry.name),
+            transform_gain=None if gains is None else gains.get(entry.name),
         )
+
+
+def _transform_name(entry: CodedEntry) -> str:
+    name = KIND_NAMES[entry.transform]
+    if entry.transform != "i":
+        name += f" {AXIS_NAMES[entry.axis]}"
+    return name + (" fixed" if entry.coding == "f" else "")
 
 
 def _original(entry: Entry) -> tuple[int, int]:

@@ -16,12 +16,14 @@ from itertools import accumulate, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from transquant import packing
 from transquant.container import pack_raw, unpack_raw, write_container
 from transquant.container.dtypes import DTYPES
 from transquant.entropy import lanes_for
 from transquant.errors import CorruptFile
 from transquant.grid import MAX_EXPONENT, dequantize, total_index
 from transquant.records import (
+    MAX_BASIS,
     AliasEntry,
     BatchNormEntry,
     Coded,
@@ -34,7 +36,9 @@ from transquant.records import (
     Plane,
     RawEntry,
     Section,
+    is_packed,
 )
+from transquant.transforms.exact import synthesize
 
 SECTION_VALUES = 1 << 20  # a symbol section is closed once it has this many values
 
@@ -43,7 +47,7 @@ PlaneDecoder = Callable[[bytes, Sequence[PlaneShape], int], list[IntArray]]
 Job = tuple[Sequence[Plane], int]  # planes of a section, number of lanes
 SectionEncoder = Callable[[Sequence[Job]], list[tuple[bytes, list[float]]]]
 
-WEIGHTS, SIDE, VECTORS = 0, 1, 2
+WEIGHTS, SIDE, VECTORS, BASIS = 0, 1, 2, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,27 +76,35 @@ def encode(
     sections: list[Section] = []
     symbol_bits: dict[str, float] = {}
     exponent_bits: dict[str, float] = {}
-    groups = _sections([e for e in entries if isinstance(e, CodedEntry | BatchNormEntry)])
-    planes = [[plane for entry in group for plane in _planes(coded[entry.name])] for group in groups]
+    groups = _sections([e for e in entries if isinstance(e, CodedEntry | BatchNormEntry) and not is_packed(e)])
+    planes = [[plane for entry in group for plane in planes_of(coded[entry.name])] for group in groups]
     jobs = [(of_group, _lanes(of_group)) for of_group in planes]
     for group, (_, lanes), (data, bits) in zip(groups, jobs, encode_sections(jobs), strict=True):
         sections.append(Section("s", len(group), lanes, data))
         for name, of_symbols, of_exponents in split_bits(group, bits):
             symbol_bits[name], exponent_bits[name] = of_symbols, of_exponents
+    packed = [t for t in (coded[e.name] for e in entries if is_packed(e)) if isinstance(t, CodedTensor)]
+    if packed:
+        sections.append(Section("p", len(packed), 0, packing.pack(packed)))
+        for tensor in packed:
+            symbol_bits[tensor.entry.name], exponent_bits[tensor.entry.name] = packing.split_bits(tensor)
     section_bytes = sum(len(s.data) for s in sections)
     raw_entries = [e for e in entries if isinstance(e, RawEntry)]
-    packed = pack_raw([raw[e.name] for e in raw_entries]) if raw_entries else b""
+    exact = pack_raw([raw[e.name] for e in raw_entries]) if raw_entries else b""
     if raw_entries:
-        sections.append(Section("r", len(raw_entries), 0, packed))
+        sections.append(Section("r", len(raw_entries), 0, exact))
     container = Container(step, tuple(entries), tuple(sections), metadata or {})
-    return EncodedFile(write_container(container), symbol_bits, exponent_bits, section_bytes, len(packed))
+    return EncodedFile(write_container(container), symbol_bits, exponent_bits, section_bytes, len(exact))
 
 
 def decode(container: Container, decode_planes: PlaneDecoder) -> dict[str, Coded]:
     """Symbols of all coded and BatchNorm entries, by name. Raises CorruptFile."""
-    entries = iter(e for e in container.entries if isinstance(e, CodedEntry | BatchNormEntry))
+    entries = iter(e for e in container.entries if isinstance(e, CodedEntry | BatchNormEntry) and not is_packed(e))
+    packed = iter([e for e in container.entries if isinstance(e, CodedEntry) and is_packed(e)])
     coded: dict[str, Coded] = {}
     for section in container.sections:
+        if section.kind == "p":
+            coded |= packing.unpack(section.data, [next(packed) for _ in range(section.count)])
         if section.kind != "s":
             continue
         group = [next(entries) for _ in range(section.count)]
@@ -131,8 +143,12 @@ def values(container: Container, coded: Mapping[str, Coded]) -> dict[str, NDArra
 def tensor_values(tensor: CodedTensor, step: tuple[int, int]) -> NDArray[np.float32]:
     """Dequantized matrix float32 (rows, columns) of a coded tensor."""
     entry = tensor.entry
-    t = total_index(entry.qp, tensor.row_exponents, tensor.column_exponents, entry.taps)
-    return dequantize(tensor.symbols, step, t, entry.recon_offsets)
+    if tensor.codes is None:
+        t = total_index(entry.qp, tensor.row_exponents, tensor.column_exponents, entry.group_columns)
+    else:
+        t = packing.indices(entry, tensor.codes)
+    decoded = dequantize(tensor.symbols, step, t, entry.recon_offsets)
+    return decoded if entry.transform == "i" else synthesize(decoded, tensor.basis, entry)
 
 
 def to_dtype(array: NDArray[np.float32], dtype: str) -> NDArray[np.generic]:
@@ -154,21 +170,23 @@ def plane_shapes(entry: CodedEntry | BatchNormEntry) -> list[PlaneShape]:
         return [(1, entry.channels, VECTORS, 1, 1)] * 2
     if len(entry.shape) < 2:
         return [(1, entry.columns, VECTORS, 1, 1)]
-    taps = entry.taps
     shapes: list[PlaneShape] = []
     if "r" in entry.groups:
         shapes.append((1, entry.rows, SIDE, 1, 1))
     if "c" in entry.groups:
-        shapes.append((1, entry.columns // max(taps, 1), SIDE, 1, 1))
-    width = entry.shape[-1] if len(entry.shape) > 2 else 1
+        shapes.append((1, entry.columns // max(entry.group_columns, 1), SIDE, 1, 1))
+    if entry.basis_side:
+        shapes.append((entry.basis_side, entry.basis_side, BASIS, 1, 1))
+    width, taps = (entry.shape[-1], entry.taps) if len(entry.shape) > 2 and entry.axis not in ("k", "j") else (1, 1)
     return [*shapes, (entry.rows * entry.fold, entry.columns // entry.fold, WEIGHTS, max(width, 1), max(taps, 1))]
 
 
-def _planes(coded: Coded) -> list[Plane]:
+def planes_of(coded: Coded) -> list[Plane]:
+    """The planes of a tensor, in file order."""
     if isinstance(coded, CodedBatchNorm):
         given = [coded.scale, coded.shift]
     else:
-        given = [a for a in (coded.row_exponents, coded.column_exponents) if a is not None] + [coded.symbols]
+        given = [a for a in (coded.row_exponents, coded.column_exponents, coded.basis) if a is not None] + [coded.symbols]
     shapes = plane_shapes(coded.entry)
     return [Plane(a.reshape(s[:2]), *s[2:]) for a, s in zip(given, shapes, strict=True)]
 
@@ -182,7 +200,10 @@ def _coded(entry: CodedEntry | BatchNormEntry, planes: list[IntArray]) -> Coded:
     for exponents in (rows, columns):
         if exponents is not None and exponents.size and np.abs(exponents).max() > MAX_EXPONENT:
             raise CorruptFile(f"a step exponent of tensor {entry.name!r} is out of range, allowed is ±{MAX_EXPONENT}")
-    return CodedTensor(entry, next(rest).reshape(entry.rows, entry.columns), rows, columns)
+    basis = next(rest) if entry.basis_side else None
+    if basis is not None and np.abs(basis).max(initial=0) > MAX_BASIS:
+        raise CorruptFile(f"the basis of tensor {entry.name!r} has an entry out of range, allowed is ±{MAX_BASIS}")
+    return CodedTensor(entry, next(rest).reshape(entry.rows, entry.columns), rows, columns, basis)
 
 
 def _sections(entries: Sequence[CodedEntry | BatchNormEntry]) -> list[list[CodedEntry | BatchNormEntry]]:
@@ -265,4 +286,5 @@ def split_bits(group: Sequence[CodedEntry | BatchNormEntry], bits: Sequence[floa
     rest = iter(bits)
     for entry in group:
         own = [(shape[2], next(rest)) for shape in plane_shapes(entry)]
-        yield entry.name, sum(b for kind, b in own if kind != SIDE), sum(b for kind, b in own if kind == SIDE)
+        side = sum(b for kind, b in own if kind in (SIDE, BASIS))
+        yield entry.name, sum(b for _, b in own) - side, side

@@ -18,19 +18,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from transquant import bitstream, modules
+from transquant import bitstream, modules, packing
 from transquant.accounting import file_report, report_of
+from transquant.choices import KINDS, Choice, Method
 from transquant.container import read_container, read_file, write_file
 from transquant.encoder import Encoder, Source
 from transquant.entropy.lanes import decode_planes
 from transquant.errors import InputError
 from transquant.guard import unchanged
-from transquant.records import Coded, Container, IntArray, Limits, Plan, Statistics
+from transquant.records import Coded, CodedTensor, Container, IntArray, Limits, Plan, Statistics
 from transquant.report import Report
 from transquant.stats import Reference, collect, weight_statistics
 from transquant.stats.metric import METRICS
 from transquant.target_search import TargetSearch
 from transquant.targets import parse_target
+from transquant.verification import verify as verify_groups
 from transquant.workers import Workers, workers
 
 _log = logging.getLogger("transquant")
@@ -82,12 +84,16 @@ def compress(
     max_drop: tuple[Callable[[Any], float], float] | None = None,
     metric: str = "auto",
     transform: str = "auto",
+    axis: str | None = None,
+    coding: str = "entropy",
+    feedback: bool = True,
     objective: str = "bytes",
     effort: int = 5,
     overrides: Mapping[str, Any] | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     output: Callable[[Any], Tensor] | None = None,
     seed: int = 0,
+    verify: bool = False,
     progress: Progress | None = None,
 ) -> CompressedModel:
     """Compress a trained network to a file of a given size.
@@ -97,32 +103,39 @@ def compress(
     relative squared error of the weights is the metric. Exactly one target: `bits` (8 · bytes of the file / parameters), `size`
     (bytes, or "64KB", "64KiB"), `ratio` (bytes of the tensors / bytes of the file), `distortion` (measured, in units of the
     metric), `step` (the scalar c; no search), or `max_drop=(evaluate, points)`, where `evaluate(model) -> float`, higher is better.
-    `metric`: "kl", "mse", "weights" or "auto". `overrides`: {name pattern: "exact"} stores matching tensors exactly.
+    `metric`: "kl", "mse", "weights" or "auto". `transform`: "auto" takes for each layer what costs least, its basis included;
+    "identity", "dct", "klt", "elt" force one wherever it fits, over `axis` "kernel", "input", "output" or "joint" (None: the
+    best of them). `coding`: "entropy", or "fixed" for bit depths a group of bands, packed (Young et al.). `feedback`: closed
+    loop, or plain rounding of each coefficient. `overrides`: {name pattern: "exact"} stores matching tensors exactly.
     `effort` 1 or 2: nothing is tuned on held-back samples; 3 to 9: all is. `forward(model, batch)` and `output(result)`
-    override how a batch is run and what counts.
+    override how a batch is run and what counts. `verify`: measure the closed-form distortion group by group, for the report.
     `progress(stage, done, total)` is called as work goes on.
 
     Files are at most the asked size and at most 1 % (or 64 bytes) smaller, down to steps of 1/130,000 of a tensor's largest
     value: no file is finer. The same input, options and seed give the same
     file, whatever the number of threads. Raises InputError, TargetError.
     """
-    _check_options(metric, transform, objective, effort, seed)
+    _check_options(metric, objective, effort, seed)
+    method = _method(transform, axis, coding, feedback)
     say = progress or (lambda stage, done, total: None)
     given = {"bits": bits, "size": size, "ratio": ratio, "distortion": distortion, "step": step, "max_drop": max_drop}
     module, state, plan = _open(model, overrides)
     target = parse_target(plan, given)
     if module is None and (calibration is not None or target.kind == "drop"):
         raise InputError("calibration and max_drop need the model itself (--model), not only its weights")
+    if verify and calibration is None:
+        raise InputError("verify needs calibration data: without it there is nothing to measure")
     if calibration is None and metric in ("kl", "mse"):
         raise InputError(f"metric {metric!r} needs calibration data; without it the metric is 'weights'")
 
     with torch.inference_mode(False), unchanged(module), workers() as pool:
         source = Source(*modules.gather(plan, state))
         stats, reference = _calibrate(module, calibration, plan, source, metric, forward, output, seed, pool, say)
-        search = TargetSearch(Encoder(plan, source, stats, pool), reference, module, target, effort, say)
+        search = TargetSearch(Encoder(plan, source, stats, pool, method), reference, module, target, effort, say)
         draft, choice = search.run()
         measured = reference.distortion(draft.state()) if reference else None
         encoded = search.encoder.encode(draft)
+        points = _verified(search, reference, draft.c, choice, say) if verify else ()
     _log.info("%d bytes; chosen on held-back samples: %s; c = %.4g", len(encoded.data), choice, draft.c)
     asked = {k: v for k, v in given.items() if v is not None and k != "max_drop"}
     settings: dict[str, Any] = {
@@ -135,7 +148,8 @@ def compress(
     }
     if search.scores:
         settings["score"] = {"float": search.scores[0], "compressed": search.scores[1]}
-    report = report_of(plan, stats, draft, encoded, measured, settings)
+    gains = {name: t.gain for name, t in search.transforms.items()}
+    report = report_of(plan, stats, draft, encoded, measured, settings, gains, points)
     return CompressedModel(encoded.data, report)
 
 
@@ -147,7 +161,8 @@ def load(path: str | PathLike[str], limits: Limits | None = None) -> CompressedM
     container = read_container(data, limits)
     coded, bits = _decode(container)
     bitstream.values(container, coded)
-    return CompressedModel(data, file_report(container, data, bits), limits)
+    packed = {n: packing.split_bits(t) for n, t in coded.items() if isinstance(t, CodedTensor) and t.codes is not None}
+    return CompressedModel(data, file_report(container, data, bits, packed), limits)
 
 
 def _decode(container: Container) -> tuple[dict[str, Coded], list[float]]:
@@ -175,11 +190,29 @@ def _tensors(arrays: Mapping[str, np.ndarray], container: Container) -> dict[str
     return tensors
 
 
-def _check_options(metric: str, transform: str, objective: str, effort: int, seed: int) -> None:
+def _verified(search: TargetSearch, reference: Reference | None, c: float, choice: Choice, say: Progress) -> tuple[Any, ...]:
+    if reference is None:
+        return ()
+    return verify_groups(search.encoder, reference, c, choice, lambda done, total: say("verification", done, total))
+
+
+def _method(transform: str, axis: str | None, coding: str, feedback: bool) -> Method:
+    for name, value, allowed in (
+        ("transform", transform, ("auto", *KINDS)),
+        ("axis", axis, (None, "input", "output", "kernel", "joint")),
+        ("coding", coding, ("entropy", "fixed")),
+        ("feedback", feedback, (True, False)),
+    ):
+        if value not in allowed:
+            raise InputError(f"{name} is {value!r}, allowed are {', '.join(map(repr, allowed))}")
+    if transform == "dct" and axis not in (None, "kernel"):
+        raise InputError(f"axis is {axis!r}, allowed is 'kernel' with transform 'dct'")
+    return Method(transform, axis, coding, feedback)
+
+
+def _check_options(metric: str, objective: str, effort: int, seed: int) -> None:
     if metric not in ("auto", *METRICS):
         raise InputError(f"metric is {metric!r}, allowed are 'auto', {', '.join(map(repr, METRICS))}")
-    if transform not in ("auto", "identity"):
-        raise InputError(f"transform is {transform!r}, allowed are 'auto' and 'identity'")
     if objective != "bytes":
         raise InputError(f"objective is {objective!r}, allowed is 'bytes'")
     if isinstance(effort, bool) or not isinstance(effort, int) or not 1 <= effort <= 9:

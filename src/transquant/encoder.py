@@ -1,39 +1,29 @@
 """From one scalar c to a draft of the file: metric, steps, symbols, predicted distortion, bytes.
 
-    LayerStats ─ regularise, factor ─┬─ matrix_steps ─ step sizes ─┐
-    weights ─── (Wiener filter) ─────┴── quantize_feedback ────────┴─ CodedTensor ─ encode ─ bytes
+    weights, LayerStats, transform ─ code_weight ─┐
+    vectors, BatchNorms ─ one step each ──────────┴─ Draft ─ encode ─ bytes
 
-Every layer depends on c and the `Choice` alone, so layers run in parallel and drafts are reproducible.
+Every layer depends on c, the `Choice` and its transform alone, so layers run in parallel and drafts are reproducible.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from math import ceil, log2
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from transquant.allocation.steps import Grouping, first_guess, matrix_steps, vector_qp
+from transquant.allocation.steps import first_guess, vector_qp
 from transquant.bitstream import EncodedFile, Job, encode, values
+from transquant.choices import IDENTITY, PACKED, Choice, LayerTransform, Method
 from transquant.entropy.lanes import encode_planes
-from transquant.entropy.tables import MAX_SYMBOL, fold_for
-from transquant.grid import global_step, nearest_qp, steps, total_index
+from transquant.entropy.tables import fold_for
+from transquant.grid import global_step, nearest_qp, steps
 from transquant.metadata import write_distortions
 from transquant.quantizers.feedback import Rounding, quantize_feedback
-from transquant.quantizers.metric import (
-    Damping,
-    Factor,
-    centred,
-    factor,
-    mean_diagonal,
-    noise_level,
-    quadratic_form,
-    regularise,
-    wiener,
-)
+from transquant.quantizers.metric import centred, mean_diagonal
 from transquant.records import (
     AliasEntry,
     AliasSpec,
@@ -55,28 +45,12 @@ from transquant.records import (
     VectorSpec,
     WeightSpec,
 )
+from transquant.weights import CodedWeight, code_weight, quarter_octaves
 from transquant.workers import Workers
 
 FINEST = 2.0**-64  # scalar c; below it nothing changes, since symbols have their range
 IDLE_VECTOR = 256  # as many weights does a vector's value count for, where calibration never reached it
-LARGEST_SYMBOL = MAX_SYMBOL / 8
-WIENER_SIDE = 2048  # no eigenbases above this side length
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """What the held-back samples decide: the regularisation of the metric, the step groups, the dead zone."""
-
-    damping: Damping = field(default_factory=Damping)
-    grouping: Grouping = field(default_factory=Grouping)
-    dead_zone: float = 0.6
-
-    @property
-    def rounding(self) -> Rounding:
-        """Magnitudes are rebuilt in the middle of their bins, [k − 1 + dead zone, k + dead zone). Centroids, which the mean
-        square asks for, shrink every layer a little, and that hurts the network more than it saves."""
-        offset = -round(64 * (self.dead_zone - 0.5))
-        return Rounding(self.dead_zone, (offset, offset))
+METHOD = Method()
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +89,12 @@ class Draft:
 class Encoder:
     """Quantizes and encodes one model for any scalar c."""
 
-    def __init__(self, plan: Plan, source: Source, stats: Statistics, pool: Workers) -> None:
-        self.plan, self.source, self.stats, self.pool = plan, source, stats, pool
+    def __init__(
+        self, plan: Plan, source: Source, stats: Statistics, pool: Workers, method: Method = METHOD,
+        transforms: Mapping[str, LayerTransform] | None = None,
+    ) -> None:  # fmt: skip
+        self.plan, self.source, self.stats, self.pool, self.method = plan, source, stats, pool, method
+        self.transforms = transforms or {}  # by weight; what is left out has none
         shared = {s.of for s in plan.specs if isinstance(s, AliasSpec)}  # what others use too cannot be corrected for one
         biases = {s.name for s in plan.specs if isinstance(s, VectorSpec) and s.name.endswith("bias")} - shared
         own_bias = {name.removesuffix("bias") for name in biases if f"{name.removesuffix('bias')}weight" not in shared}
@@ -125,6 +103,10 @@ class Encoder:
             for name, layer in stats.layers.items()
         }
         self.idle_level = _mean_energy(self.layers, source.values)
+
+    def transformed(self, transforms: Mapping[str, LayerTransform]) -> Encoder:
+        """The same encoder with other transforms."""
+        return Encoder(self.plan, self.source, self.stats, self.pool, self.method, transforms)
 
     def draft(self, c: float, choice: Choice) -> Draft:
         """Quantize everything with scalar c, rounded to the format's grid."""
@@ -135,15 +117,14 @@ class Encoder:
         weights.sort(key=lambda s: -np.prod(s.shape[:1]) * np.prod(s.shape))  # long ones first
         results = self.pool.map(lambda s: self._weight(s, c, step, choice), weights)
         done = {spec.name: result for spec, result in zip(weights, results, strict=True)}
-        shifts = {f"{name.removesuffix('weight')}bias": shift for name, (_, _, shift) in done.items() if shift is not None}
+        shifts = {f"{name.removesuffix('weight')}bias": w.shift for name, w in done.items() if w.shift is not None}
         coded: dict[str, Coded] = {}
         entries: list[Entry] = []
         distortions: dict[str, float] = {}
         for spec in specs:
             if isinstance(spec, WeightSpec):
-                tensor, distortions[spec.name], _ = done[spec.name]
-                coded[spec.name] = tensor
-                entries.append(tensor.entry)
+                coded[spec.name], distortions[spec.name] = done[spec.name].tensor, done[spec.name].distortion
+                entries.append(done[spec.name].tensor.entry)
             elif isinstance(spec, VectorSpec):
                 qp, symbols, distortions[spec.name] = self._vector(spec.name, spec.name, c, step, shifts.get(spec.name))
                 entry = CodedEntry(spec.name, spec.shape, spec.dtype, qp)
@@ -183,48 +164,22 @@ class Encoder:
                 counts.append(weight.size)
         return first_guess(8 * target_bytes, np.array(variances), np.array(sensitivities), np.array(counts, np.float64))
 
-    def _weight(
-        self, spec: WeightSpec, c: float, step: tuple[int, int], choice: Choice
-    ) -> tuple[CodedTensor, float, FloatArray | None]:
-        """One weight: its symbols, predicted distortion, and float64 (O,) what the layer's bias must add, or None."""
-        weight = self.source.values[spec.name]
-        stats = self.layers[spec.name]
+    def _weight(self, spec: WeightSpec, c: float, step: tuple[int, int], choice: Choice) -> CodedWeight:
+        weight, stats = self.source.values[spec.name], self.layers[spec.name]
+        if not (stats.input_moment.any() and stats.output_moment.any()):
+            return CodedWeight(self._idle_weight(spec, weight, step), 0.0, None)
+        return code_weight(spec, weight, stats, c, step, choice, self.transform(spec), self.method)
+
+    def transform(self, spec: WeightSpec) -> LayerTransform:
+        """The transform of a weight; fixed-length codes have band groups even without one."""
+        return self.transforms.get(spec.name, PACKED if self.method.coding == "fixed" else IDENTITY)
+
+    def _idle_weight(self, spec: WeightSpec, weight: FloatArray, step: tuple[int, int]) -> CodedTensor:
+        """A weight that calibration never reached: rounded as if its relative error mattered as much as the others'."""
         entry = CodedEntry(spec.name, spec.shape, spec.dtype)
         entry = replace(entry, fold=fold_for(entry.rows, entry.columns // max(entry.taps, 1), entry.taps))
-        if not (stats.input_moment.any() and stats.output_moment.any()):
-            return self._idle_weight(entry, weight, step), 0.0, None
-        moments = [_live(stats, k) for k in range(len(stats.input_moment))]
-        blocks = weight.reshape(len(moments), -1, weight.shape[1])
-        variance = float(np.mean(weight**2))
-        factors = [_factors(a, g, variance, c, choice.damping) for a, g in moments]
-        plan = matrix_steps(
-            np.stack([g.diagonal for _, g in factors]), np.stack([a.diagonal for a, _ in factors]), entry.taps,
-            choice.grouping,
-        )  # fmt: skip
-        sizes = steps(step, total_index(plan.qp, plan.row_exponents, plan.column_exponents, entry.taps))
-        if coarser := _quarter_octaves(np.abs(weight) / sizes):
-            plan = replace(plan, qp=plan.qp + coarser)
-            sizes = steps(step, total_index(plan.qp, plan.row_exponents, plan.column_exponents, entry.taps))
-        sizes = np.broadcast_to(sizes, weight.shape).reshape(blocks.shape)
-        symbols = np.empty(blocks.shape, np.int32)
-        distortion = 0.0
-        shift = None if stats.input_mean is None else np.zeros(blocks.shape[:2])
-        for k, (a, g) in enumerate(moments):
-            target = _target(blocks[k], a, g, variance, c, choice.damping)
-            symbols[k], decoded = _quantize(target, sizes[k], *factors[k], choice.rounding)
-            error = blocks[k] - decoded
-            distortion += quadratic_form(error, stats.input_moment[k], stats.output_moment[k])
-            if shift is not None and stats.input_mean is not None:
-                shift[k] = (error * stats.input_mean[k]).sum(1)
-        has = ("r" if plan.row_exponents is not None else "") + ("c" if plan.column_exponents is not None else "")
-        entry = replace(entry, qp=plan.qp, recon_offsets=choice.rounding.offsets, groups=has)  # type: ignore[arg-type]
-        tensor = CodedTensor(entry, symbols.reshape(weight.shape), plan.row_exponents, plan.column_exponents)
-        return tensor, distortion, None if shift is None else shift.reshape(-1)
-
-    def _idle_weight(self, entry: CodedEntry, weight: FloatArray, step: tuple[int, int]) -> CodedTensor:
-        """A weight that calibration never reached: rounded as if its relative error mattered as much as the others'."""
         qp = nearest_qp((float(np.mean(weight**2)) / self.idle_level) ** 0.5) if weight.any() else 0
-        qp += _quarter_octaves(np.abs(weight) / float(steps(step, np.array([[qp]]))[0, 0]))
+        qp += quarter_octaves(np.abs(weight) / float(steps(step, np.array([[qp]]))[0, 0]))
         sizes = np.broadcast_to(steps(step, np.array([[qp]])), weight.shape)
         symbols, _ = quantize_feedback(weight, sizes, None, None, Rounding())
         return CodedTensor(replace(entry, qp=qp), symbols)
@@ -242,55 +197,11 @@ class Encoder:
             qp = nearest_qp((float(np.mean(vector**2)) / self.idle_level / IDLE_VECTOR) ** 0.5) if vector.any() else 0
         else:
             qp = vector_qp(sensitivity)
-        qp += _quarter_octaves(np.abs(vector) / float(steps(step, np.array([[qp]]))[0, 0]))
+        qp += quarter_octaves(np.abs(vector) / float(steps(step, np.array([[qp]]))[0, 0]))
         size = float(steps(step, np.array([[qp]]))[0, 0])
         symbols = np.rint(vector / size).astype(np.int32)
         error = vector - symbols * size
         return qp, symbols, float(np.sum(sensitivity.reshape(-1) * error**2))
-
-
-def _live(stats: LayerStats, group: int) -> tuple[FloatArray, FloatArray]:
-    """Moments of a group; a dead group among live ones takes the mean of all."""
-    a, g = stats.input_moment[group], stats.output_moment[group]
-    return (a, g) if a.any() and g.any() else (stats.input_moment.mean(0), stats.output_moment.mean(0))
-
-
-def _factors(a: FloatArray, g: FloatArray, variance: float, c: float, damping: Damping) -> tuple[Factor, Factor]:
-    """Factors of the regularised input and output moments."""
-    noise = noise_level(damping, c * c / 12, variance, mean_diagonal(a), mean_diagonal(g))
-    return factor(regularise(a, damping.alpha + noise)), factor(regularise(g, damping.gamma + noise))
-
-
-def _target(weight: FloatArray, a: FloatArray, g: FloatArray, variance: float, c: float, damping: Damping) -> FloatArray:
-    """What is quantized: the weights, or their Wiener filtered form where that was chosen and fits in memory."""
-    if not damping.wiener or variance == 0 or not a.ndim == g.ndim == 2 or max(len(a), len(g)) > WIENER_SIDE:
-        return weight
-    return wiener(weight, regularise(a, damping.alpha), regularise(g, damping.gamma), c * c / 12 / variance)
-
-
-def _quantize(
-    target: FloatArray, sizes: FloatArray, input_factor: Factor, output_factor: Factor, rounding: Rounding
-) -> tuple[IntArray, FloatArray]:
-    """Symbols int32 (o, n) and decoded values float64 (o, n) of one group; diagonal blocks of columns are independent."""
-    lower_out = None if output_factor.lower is None else output_factor.lower[0]
-    if input_factor.lower is None or len(input_factor.lower) == 1:
-        lower_in = None if input_factor.lower is None else input_factor.lower[0]
-        symbols, error = quantize_feedback(target, sizes, lower_out, lower_in, rounding)
-        return symbols, target - error
-    width = len(input_factor.lower[0])
-    symbols, decoded = np.empty(target.shape, np.int32), np.empty(target.shape)
-    for k, lower_in in enumerate(input_factor.lower):
-        part = slice(k * width, (k + 1) * width)
-        columns = np.ascontiguousarray(target[:, part])
-        symbols[:, part], error = quantize_feedback(columns, sizes[:, part], lower_out, lower_in, rounding)
-        decoded[:, part] = columns - error
-    return symbols, decoded
-
-
-def _quarter_octaves(magnitudes: FloatArray) -> int:
-    """By how much a step index must grow so that symbols stay well inside the format's range; feedback needs some room."""
-    largest = float(magnitudes.max(initial=0.0))
-    return max(0, ceil(4 * log2(largest / LARGEST_SYMBOL))) if largest > 0 else 0
 
 
 def _mean_energy(layers: Mapping[str, LayerStats], values: Mapping[str, FloatArray]) -> float:

@@ -20,6 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_FOLD = 1024  # see CodedEntry.fold
+MAX_BANDS = 1024  # of a transform: what its exact synthesis can sum up
+MAX_BASIS = 1 << 15  # magnitude of an entry of a basis
+MAX_DEPTH = 16  # bits of a fixed-length code
 
 IntArray = NDArray[np.int32]
 FloatArray = NDArray[np.float64]
@@ -31,7 +34,9 @@ FloatArray = NDArray[np.float64]
 class CodedEntry:
     """Header record of one lossily coded tensor (FORMAT.md, kind "c"): everything but its symbols.
 
-    `fold`: each row is coded as that many rows, so that a matrix of few long rows fills the lanes of a vectorised reader."""
+    `fold`: each row is coded as that many rows, so that a matrix of few long rows fills the lanes of a vectorised reader.
+    `transform`: "i" identity, "d" DCT, "k" KLT, "e" ELT. `axis`: what the bands run over, "r" rows, "c" channels,
+    "k" kernel, "j" joint. `coding`: "u" entropy-coded symbols, "f" fixed-length codes."""
 
     name: str
     shape: tuple[int, ...]
@@ -40,6 +45,9 @@ class CodedEntry:
     recon_offsets: tuple[int, int] = (0, 0)
     groups: Literal["", "r", "c", "rc"] = ""
     fold: int = 1
+    transform: Literal["i", "d", "k", "e"] = "i"
+    axis: Literal["", "r", "c", "k", "j"] = ""
+    coding: Literal["u", "f"] = "u"
 
     @property
     def rows(self) -> int:
@@ -53,8 +61,31 @@ class CodedEntry:
 
     @property
     def taps(self) -> int:
-        """Consecutive columns that share a column exponent: the kernel's positions."""
+        """The kernel's positions, 1 outside kernels."""
         return prod(self.shape[2:])
+
+    @property
+    def group_columns(self) -> int:
+        """Consecutive columns of the coded matrix that share a column exponent."""
+        return {"k": self.shape[1] if len(self.shape) > 1 else 1, "j": 1}.get(self.axis, self.taps)
+
+    @property
+    def bands(self) -> int:
+        """r: bands along the axis; 0 without one."""
+        if not self.axis:
+            return 0
+        return {"r": self.rows, "c": self.shape[1], "k": self.taps, "j": self.columns}[self.axis]
+
+    @property
+    def basis_side(self) -> int:
+        """Side length of the basis that is sent, 0 where none is."""
+        return self.bands if self.transform in ("k", "e") else 0
+
+    @property
+    def bands_a_group(self) -> int:
+        """Bands that share a bit depth and a step (FORMAT.md section 7)."""
+        values = self.rows * self.columns // max(self.bands, 1)
+        return max(1, min(-(-self.bands // 8), -(-values // 8)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +124,16 @@ class AliasEntry:
 Entry = CodedEntry | BatchNormEntry | RawEntry | AliasEntry
 
 
+def is_packed(entry: Entry) -> bool:
+    """Whether an entry's symbols are fixed-length codes."""
+    return isinstance(entry, CodedEntry) and entry.coding == "f"
+
+
 @dataclass(frozen=True, slots=True)
 class Section:
     """One row of the header's section table and, once read or encoded, its bytes."""
 
-    kind: Literal["s", "r"]
+    kind: Literal["s", "p", "r"]
     count: int
     lanes: int
     data: bytes
@@ -129,7 +165,7 @@ class Limits:
 class Plane:
     """A matrix of integers to be entropy coded (FORMAT.md section 4).
 
-    `symbols` int32 (rows, columns), C order. `kind` picks the contexts: 0 weights, 1 side, 2 vectors. `width` and
+    `symbols` int32 (rows, columns), C order. `kind` picks the contexts: 0 weights, 1 side, 2 vectors, 3 basis. `width` and
     `taps` place a column inside its kernel; 1 and 1 outside kernels."""
 
     symbols: IntArray
@@ -139,16 +175,29 @@ class Plane:
 
 
 @dataclass(frozen=True, slots=True)
+class BandCodes:
+    """Fixed-length codes of an entry: int32 by band group, bit depths and step indices t of the coefficients, and bit
+    depths of the basis columns (None where there is no basis)."""
+
+    depths: IntArray
+    indices: IntArray
+    basis_depths: IntArray | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class CodedTensor:
     """An entry with its symbols: what `encode` takes and `decode` gives.
 
-    `symbols` int32 (rows, columns); `row_exponents` int32 (rows,) and `column_exponents` int32 (columns / taps,), half
-    octaves, None where the entry's `groups` leaves them out."""
+    `symbols` int32 (rows, columns), of weights or of their coefficients; `row_exponents` int32 (rows,) and
+    `column_exponents` int32 (columns / group_columns,), half octaves, None where the entry's `groups` leaves them out.
+    `basis` int32 (bands, bands) where the entry's transform sends one; `codes` where its coding is fixed-length."""
 
     entry: CodedEntry
     symbols: IntArray
     row_exponents: IntArray | None = None
     column_exponents: IntArray | None = None
+    basis: IntArray | None = None
+    codes: BandCodes | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
-    """One row of the report. Bits are those of the file; `distortion_share` is the layer's part of the predicted sum."""
+    """One row of the report. Bits are those of the file; `distortion_share` is the layer's part of the predicted sum;
+    `transform_gain`: bits a value that the transform was found to save, its basis included (None where nothing was compared)."""
 
     name: str
     shape: tuple[int, ...]
@@ -20,6 +21,20 @@ class LayerReport:
     side_bits: float
     step: float | None
     distortion_share: float | None
+    transform_gain: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedPoint:
+    """One group of one layer at one rate: input channels `first` to `last`, bits a value of the layer there, and the
+    distortion of the group's error alone, predicted and measured, in units of the metric."""
+
+    layer: str
+    first: int
+    last: int
+    bits_per_value: float
+    predicted: float
+    measured: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +54,7 @@ class Report:
     layers: tuple[LayerReport, ...]
     raw: tuple[tuple[str, str], ...]
     settings: Mapping[str, Any]
+    verification: tuple[VerifiedPoint, ...] = ()
 
     @property
     def bits_per_parameter(self) -> float:
@@ -70,22 +86,27 @@ def _text(report: Report) -> str:
     parts = (
         ("weights", report.payload_bytes, "entropy-coded symbols"),
         ("side parameters", report.side_parameter_bytes, "BatchNorm, biases, exact tensors"),
-        ("side information", report.side_info_bytes, "step exponents, coder states"),
+        ("side information", report.side_info_bytes, "bases, step exponents, coder states"),
         ("header", report.header_bytes, "names, shapes, steps"),
     )
     for name, size, what in parts:
         lines.append(f"  {name:<17}{size:>12,}  {100 * size / report.file_bytes:5.1f} %  {what}")
     lines += ["", _distortion_line(report), ""]
     width = max([len(r.name) for r in report.layers] + [5])
-    lines.append(
-        f"  {'layer':<{width}}  {'shape':<18} {'transform':<9} {'values':>10} {'bits/value':>10} {'step':>9} {'distortion':>10}"
-    )
+    titles = f"{'transform':<14} {'gain':>6} {'values':>10} {'bits/value':>10} {'step':>9} {'distortion':>10}"
+    lines.append(f"  {'layer':<{width}}  {'shape':<18} {titles}")
     for r in report.layers:
         per_value = (r.payload_bits + r.side_bits) / max(r.num_values, 1)
         step = f"{r.step:9.3g}" if r.step is not None else f"{'':>9}"
         share = f"{100 * r.distortion_share:8.2f} %" if r.distortion_share is not None else f"{'':>10}"
         shape = "x".join(map(str, r.shape)) or "scalar"
-        lines.append(f"  {r.name:<{width}}  {shape:<18} {r.transform:<9} {r.num_values:>10,} {per_value:>10.3f} {step} {share}")
+        gain = "" if r.transform_gain is None or r.transform == "identity" else f"{r.transform_gain:.3f}"
+        what = f"{shape:<18} {r.transform:<14} {gain:>6} {r.num_values:>10,} {per_value:>10.3f} {step} {share}"
+        lines.append(f"  {r.name:<{width}}  {what}")
+    if any(r.transform != "identity" and r.transform_gain is not None for r in report.layers):
+        lines += ["", "  gain: bits a value that the transform saves at equal predicted distortion, its basis included"]
+    if report.verification:
+        lines += ["", f"  {summary(report.verification)}"]
     if report.raw:
         lines += ["", "  stored exactly:"] + [f"    {name}  ({reason})" for name, reason in report.raw]
     return "\n".join(lines)
@@ -103,3 +124,16 @@ def _distortion_line(report: Report) -> str:
     if report.measured_distortion is not None:
         parts.append(f"{report.measured_distortion:.4g} measured on held-back calibration samples")
     return f"  output distortion ({report.metric}: {unit}): {', '.join(parts) or 'not known'}"
+
+
+def summary(points: tuple[VerifiedPoint, ...]) -> str:
+    """One line: how far the closed form is off."""
+    ratios = sorted(p.measured / p.predicted for p in points if p.predicted > 0 and p.measured > 0)
+    if not ratios:
+        return "no group could be checked"
+    low, middle, high = (ratios[round(q * (len(ratios) - 1))] for q in (0.1, 0.5, 0.9))
+    total = sum(p.measured for p in points) / max(sum(p.predicted for p in points), 1e-300)
+    return (
+        f"closed form checked on {len(points)} groups: measured / predicted {total:.2f} in sum, median {middle:.2f}, "
+        f"80 % between {low:.2f} and {high:.2f}"
+    )

@@ -1,4 +1,4 @@
-"""From a target to a draft of the file: the best choice first, then the scalar c that meets the target."""
+"""From a target to a draft of the file: transforms and the best choice first, then the scalar c that meets the target."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 
 from transquant.allocation.search import Closest, largest_feasible, meet_size
-from transquant.encoder import Choice, Draft, Encoder
+from transquant.choices import Choice
+from transquant.encoder import Draft, Encoder
 from transquant.errors import InputError, TargetError
 from transquant.records import WeightSpec
 from transquant.stats import Reference, copy_model
 from transquant.targets import Target
+from transquant.transform_choice import ChosenTransform, choose_transforms, transforms_of
 from transquant.tuning import Tuner, choose
 
 _log = logging.getLogger("transquant")
 
 COARSEST = 2.0**100  # a scalar c at which every symbol is zero
+ROUGH = 0.05  # of the target's size: near enough to choose transforms
 
 Progress = Callable[[str, int, int], None]
 
@@ -36,6 +39,7 @@ class TargetSearch:
     ) -> None:
         self.encoder, self.reference, self.module, self.target, self.say = encoder, reference, module, target, say
         self.effort = effort
+        self.transforms: dict[str, ChosenTransform] = {}
         self._float_score: float | None = None
         self.scores: tuple[float, float] | None = None  # of the float model and of the final draft, for a target of that kind
         weights = [encoder.source.values[s.name] for s in encoder.plan.specs if isinstance(s, WeightSpec)]
@@ -46,14 +50,33 @@ class TargetSearch:
         """The final draft and what was chosen for it."""
         choice = Choice()
         if self.target.kind == "step":
+            self._choose_transforms(self.target.value, choice)
             return self.encoder.draft(self.target.value, choice), choice
         if self.target.kind == "bytes":
             start = self._start(self.target.value)
+            self._choose_transforms(self._rough(choice, start), choice)
             choice, start = self._tuned(choice, self.target.value, start)
             return self._meet_bytes(choice, start), choice
         draft = self._meet_quality(choice, self.encoder.first_guess(self.num_values / 4))
+        self._choose_transforms(draft.c, choice)
         tuned, start = self._tuned(choice, self.size(draft), draft.c)
-        return (draft if tuned == choice else self._meet_quality(tuned, start)), tuned
+        same = tuned == choice and not self.transforms
+        return (draft if same else self._meet_quality(tuned, start)), tuned
+
+    def _choose_transforms(self, c: float, choice: Choice) -> None:
+        """From here on the encoder uses the transforms that are best at c, or those that were asked for."""
+        self.say("transforms", 0, 1)
+        self.transforms = choose_transforms(self.encoder, c, choice)
+        self.encoder = self.encoder.transformed(transforms_of(self.transforms))
+        self.say("transforms", 1, 1)
+
+    def _rough(self, choice: Choice, start: float) -> float:
+        """A scalar c whose file is near the target."""
+        target = self.target.value
+        return meet_size(
+            lambda c: self.size(self.encoder.draft(c, choice)), (1 + ROUGH) * target, 2 * ROUGH * target, start,
+            self.num_values / 10, max_steps=4,
+        ).c  # fmt: skip
 
     def size(self, draft: Draft) -> int:
         """Bytes of a draft's file."""

@@ -13,7 +13,8 @@ from math import log2
 
 from transquant.allocation.search import Closest, meet_size
 from transquant.allocation.steps import Grouping
-from transquant.encoder import Choice, Draft
+from transquant.choices import Choice
+from transquant.encoder import Draft
 from transquant.quantizers.metric import Damping
 
 DAMPINGS = (

@@ -37,7 +37,10 @@ Scale = Annotated[float, typer.Option(help="Images: pixels are divided by this."
 Limit = Annotated[int | None, typer.Option(min=1, help="Use at most so many samples.")]
 Batch = Annotated[int, typer.Option(min=1, help="Samples a batch.")]
 Metric = Annotated[str, typer.Option(help="auto, kl, mse or weights.")]
-Transform = Annotated[str, typer.Option(help="auto or identity.")]
+Transform = Annotated[str, typer.Option(help="auto, identity, dct, klt or elt.")]
+Axis = Annotated[str | None, typer.Option(help="Of the transform: kernel, input, output or joint; the best one if not given.")]
+Coding = Annotated[str, typer.Option(help="entropy, or fixed: packed bit depths.")]
+Feedback = Annotated[bool, typer.Option("--feedback/--no-feedback", help="Closed loop, or plain rounding.")]
 Effort = Annotated[int, typer.Option(min=1, max=9, help="1 and 2: nothing is tuned on held-back samples; 3 to 9: all is.")]
 Seed = Annotated[int, typer.Option(min=0, help="Same seed, same file.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
@@ -81,7 +84,9 @@ def compress(
     step: Annotated[float | None, typer.Option(help="The global step itself (`c` in the settings of --json); no search.")] = None,
     max_drop: Annotated[float | None, typer.Option(help="Target: points of top-1 accuracy lost on --data.")] = None,
     exact: Annotated[list[str] | None, typer.Option(help="Store tensors of this name (a glob pattern) exactly.")] = None,
-    metric: Metric = "auto", transform: Transform = "auto", effort: Effort = 5, seed: Seed = 0,
+    metric: Metric = "auto", transform: Transform = "auto", axis: Axis = None, coding: Coding = "entropy",
+    feedback: Feedback = True, effort: Effort = 5, seed: Seed = 0,
+    verify: Annotated[bool, typer.Option(help="Measure the distortion group by group and compare with the closed form.")] = False,
     resize: Resize = None, crop: Crop = None, mean: Mean = "0", std: Std = "1", scale: Scale = 255.0,
     limit: Limit = None, batch: Batch = 100,
     as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False, force: Force = False,
@@ -104,7 +109,8 @@ def compress(
     with progress_bar(quiet or as_json) as progress:
         compressed = run(
             net, samples.batches if samples else None, bits=bits, size=size, ratio=ratio, distortion=distortion,
-            step=step, max_drop=drop, metric=metric, transform=transform, effort=effort, seed=seed,
+            step=step, max_drop=drop, metric=metric, transform=transform, axis=axis, coding=coding, feedback=feedback,
+            effort=effort, seed=seed, verify=verify,
             overrides=dict.fromkeys(exact or [], "exact"), progress=progress,
         )  # fmt: skip
     compressed.save(output)

@@ -9,12 +9,22 @@ from typing import Any, Literal, cast
 from transquant.container.checks import integer, items, keys, known, string
 from transquant.container.dtypes import CODED_DTYPES, DTYPES
 from transquant.errors import CorruptFile, LimitExceeded, UnsupportedVersion
-from transquant.records import MAX_FOLD, AliasEntry, BatchNormEntry, CodedEntry, Entry, Limits, RawEntry
+from transquant.records import (
+    MAX_BANDS,
+    MAX_FOLD,
+    AliasEntry,
+    BatchNormEntry,
+    CodedEntry,
+    Entry,
+    Limits,
+    RawEntry,
+    is_packed,
+)
 
 MAX_ENTRIES = 100_000
 BATCHNORM_KEYS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
-SectionRow = tuple[Literal["s", "r"], int, int, int, int]  # kind, count, lanes, length, crc32
+SectionRow = tuple[Literal["s", "p", "r"], int, int, int, int]  # kind, count, lanes, length, crc32
 
 
 def entry_to_json(entry: Entry) -> dict[str, Any]:
@@ -29,6 +39,9 @@ def entry_to_json(entry: Entry) -> dict[str, Any]:
         value = {"k": "r", "n": entry.name, "s": list(entry.shape)}
     else:
         value = {"n": entry.name, "s": list(entry.shape), "q": entry.qp}
+        for key, part, default in (("x", entry.transform, "i"), ("y", entry.axis, ""), ("z", entry.coding, "u")):
+            if part != default:
+                value[key] = part
         if entry.recon_offsets != (0, 0):
             value["d"] = list(entry.recon_offsets)
         if entry.groups:
@@ -62,21 +75,7 @@ def entry_from_json(value: Any) -> Entry:
     if kind == "r":
         value = keys(value, "kns", "t", "a raw tensor")
         return RawEntry(string(value["n"], "a tensor name"), _shape(value["s"]), _dtype(value, tuple(DTYPES)))
-    value = keys(value, "nsq", "ktdgzxf", "a coded tensor")
-    known(value.get("z", "u"), ("u",), "a quantizer")
-    known(value.get("x", "i"), ("i",), "a transform")
-    groups = known(value.get("g", ""), ("", "r", "c", "rc"), "a step grouping")
-    offsets = [integer(d, -31, 31, "a reconstruction offset") for d in items(value.get("d", [0, 0]), "offsets", length=2)]
-    shape = _shape(value["s"])
-    if groups and len(shape) < 2:
-        raise CorruptFile(f"a tensor of shape {list(shape)} has step groups {groups!r}, allowed for matrices only")
-    entry = CodedEntry(
-        string(value["n"], "a tensor name"), shape, _dtype(value, CODED_DTYPES), _qp(value["q"]),
-        (offsets[0], offsets[1]), cast(Literal["", "r", "c", "rc"], groups), integer(value.get("f", 1), 1, MAX_FOLD, "a fold"),
-    )  # fmt: skip
-    if entry.fold > 1 and (len(shape) < 2 or entry.columns // max(entry.taps, 1) % entry.fold):
-        raise CorruptFile(f"a tensor of shape {list(shape)} has rows folded by {entry.fold}, which does not divide them")
-    return entry
+    return _coded(keys(value, "nsq", "ktdgzxyf", "a coded tensor"))
 
 
 def header_to_json(
@@ -137,7 +136,7 @@ def check_limits(entries: Iterable[Entry], file_bytes: int, limits: Limits) -> N
         else:
             count = prod(max(d, 1) for d in entry.shape)  # rows without columns have exponents, and arrays of them limits
             sizes[entry.name] = count * DTYPES[entry.dtype].size
-            size = sizes[entry.name] + (8 * count if isinstance(entry, CodedEntry) else 0)
+            size = sizes[entry.name] + (8 * (count + entry.basis_side**2) if isinstance(entry, CodedEntry) else 0)
         total += size
     if total > limits.max_decoded_bytes:
         raise LimitExceeded(
@@ -149,6 +148,33 @@ def check_limits(entries: Iterable[Entry], file_bytes: int, limits: Limits) -> N
             f"the file of {file_bytes} bytes asks for {total} bytes, more than {limits.max_expansion} times its size; "
             "raise Limits(max_expansion=...) if you trust the file"
         )
+
+
+def _coded(value: dict[str, Any]) -> CodedEntry:
+    transform = known(value.get("x", "i"), ("i", "d", "k", "e"), "a transform")
+    axis = known(value["y"], ("r", "c", "k", "j"), "an axis") if "y" in value else ""
+    coding = known(value.get("z", "u"), ("u", "f"), "a quantizer")
+    groups = known(value.get("g", ""), ("", "r", "c", "rc"), "a step grouping")
+    offsets = [integer(d, -31, 31, "a reconstruction offset") for d in items(value.get("d", [0, 0]), "offsets", length=2)]
+    entry = CodedEntry(
+        string(value["n"], "a tensor name"), _shape(value["s"]), _dtype(value, CODED_DTYPES), _qp(value["q"]),
+        (offsets[0], offsets[1]), cast(Any, groups), integer(value.get("f", 1), 1, MAX_FOLD, "a fold"),
+        cast(Any, transform), cast(Any, axis), cast(Any, coding),
+    )  # fmt: skip
+    shape = list(entry.shape)
+    if len(shape) < 2 and (groups or axis or entry.fold > 1 or coding == "f"):
+        raise CorruptFile(f"a tensor of shape {shape} has step groups, a fold, an axis or bit depths, allowed for matrices only")
+    if bool(axis) != (transform != "i" or coding == "f"):
+        raise CorruptFile(f"tensor {entry.name!r} has the axis {axis!r}, which does not go with transform {transform!r}")
+    if transform != "i" and not 1 <= entry.bands <= MAX_BANDS:
+        raise CorruptFile(f"tensor {entry.name!r} is transformed over {entry.bands} bands, allowed are 1 to {MAX_BANDS}")
+    if transform == "d" and axis != "k":
+        raise CorruptFile(f"tensor {entry.name!r} has a DCT over axis {axis!r}, allowed is 'k'")
+    if coding == "f" and (groups or entry.fold > 1 or entry.recon_offsets != (0, 0)):
+        raise CorruptFile(f"tensor {entry.name!r} has fixed-length codes and settings of entropy-coded symbols")
+    if entry.fold > 1 and entry.columns // max(entry.group_columns, 1) % entry.fold:
+        raise CorruptFile(f"a tensor of shape {shape} has rows folded by {entry.fold}, which does not divide them")
+    return entry
 
 
 def _shape(value: Any) -> tuple[int, ...]:
@@ -181,22 +207,23 @@ def _check_names(entries: tuple[Entry, ...]) -> None:
 
 def _section(value: Any) -> SectionRow:
     row = items(value, "a section", length=5)
-    kind = known(row[0], ("s", "r"), "a section kind")
+    kind = known(row[0], ("s", "p", "r"), "a section kind")
     count = integer(row[1], 1, MAX_ENTRIES, "a section's count")
     lanes = integer(row[2], 0, 1024, "a section's lanes")
-    if (kind == "r" and lanes) or (kind == "s" and (lanes == 0 or lanes & (lanes - 1))):
-        raise CorruptFile(f"a section has {lanes} lanes, allowed are powers of two up to 1024, and 0 for raw ones")
+    if (kind != "s" and lanes) or (kind == "s" and (lanes == 0 or lanes & (lanes - 1))):
+        raise CorruptFile(f"a section of kind {kind!r} has {lanes} lanes, allowed are powers of two up to 1024, 0 without symbols")
     length = integer(row[3], 0, 2**62, "a section's length")
-    return cast(Literal["s", "r"], kind), count, lanes, length, integer(row[4], 0, 2**32 - 1, "a section's checksum")
+    return cast(Literal["s", "p", "r"], kind), count, lanes, length, integer(row[4], 0, 2**32 - 1, "a section's checksum")
 
 
 def _check_sections(entries: tuple[Entry, ...], rows: list[SectionRow]) -> None:
     kinds = [row[0] for row in rows]
-    if "r" in kinds[:-1]:
-        raise CorruptFile("a raw section is not the last section, or there are two")
-    coded = sum(isinstance(e, CodedEntry | BatchNormEntry) for e in entries)
+    if kinds != sorted(kinds, key="spr".index) or kinds.count("r") > 1:
+        raise CorruptFile("the sections are not in the order of symbols, packed, raw, or two are raw")
+    packed = sum(is_packed(e) for e in entries)
+    coded = sum(isinstance(e, CodedEntry | BatchNormEntry) for e in entries) - packed
     raw = sum(isinstance(e, RawEntry) for e in entries)
-    for kind, number in (("s", coded), ("r", raw)):
+    for kind, number in (("s", coded), ("p", packed), ("r", raw)):
         counted = sum(row[1] for row in rows if row[0] == kind)
         if counted != number:
             raise CorruptFile(f"sections of kind {kind!r} hold {counted} tensors, the header lists {number}")

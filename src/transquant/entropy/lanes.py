@@ -23,7 +23,7 @@ _MAX_DECISIONS = _UNARY + _GAMMA + 64  # of one symbol
 
 
 class _Coder:
-    """State of one section while its planes pass through: contexts of the three classes, rANS states, the log."""
+    """State of one section while its planes pass through: contexts of the four classes, rANS states, the log."""
 
     def __init__(self, lanes: int, data: bytes | None = None) -> None:
         self.lanes = lanes

@@ -6,7 +6,7 @@ import numpy as np
 
 from transquant.records import MAX_FOLD
 
-NUM_CLASSES = 3
+NUM_CLASSES = 4
 NUM_LEVELS = 20
 NUM_UNARY = 18  # stage 1 decisions, k = 0 ... 17
 NUM_GAMMA = 21  # stage 2 prefix decisions, k = 0 ... 20; more ones than 20 are corrupt

@@ -18,10 +18,12 @@ from dataclasses import dataclass
 import numba as nb
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from transquant.records import FloatArray, IntArray
 
 BLOCK = 64
+UNLIMITED = -1  # the bit depth of symbols that an entropy coder takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +41,20 @@ def quantize_feedback(
     output_factor: FloatArray | None,
     input_factor: FloatArray | None,
     rounding: Rounding,
+    depths: NDArray[np.int8] | None = None,
 ) -> tuple[IntArray, FloatArray]:
     """Quantize one matrix with two-sided feedback.
 
     `weight` and `step_size` float64 (O, n); `output_factor` L_g (O, O) and `input_factor` L_a (n, n) unit lower
-    triangular, None for the identity. Returns the symbols int32 (O, n) and the error W − Ŵ float64 (O, n)."""
+    triangular, None for the identity. `depths` int8 (O, n): bit depths of saturating codes (FORMAT.md section 7); None
+    for symbols of any size. Returns the symbols int32 (O, n) and the error W − Ŵ float64 (O, n)."""
     rows, columns = weight.shape
     symbols = np.zeros((rows, columns), np.int32)
     error = np.zeros((rows, columns))
+    if depths is None:
+        depths = np.broadcast_to(np.int8(UNLIMITED), weight.shape)
     if output_factor is None and input_factor is None:
-        _round(weight, step_size, rounding.dead_zone, *_shrink(rounding), symbols, error)
+        _round(weight, step_size, np.ascontiguousarray(depths), rounding.dead_zone, *_shrink(rounding), symbols, error)
         return symbols, error
     left = torch.eye(rows, dtype=torch.float64) if output_factor is None else torch.from_numpy(output_factor)
     right = torch.eye(columns, dtype=torch.float64) if input_factor is None else torch.from_numpy(input_factor)
@@ -68,6 +74,7 @@ def quantize_feedback(
             done = _feedback_block(
                 target.numpy(), np.ascontiguousarray(weight[top:bottom, begin:stop]),
                 np.ascontiguousarray(step_size[top:bottom, begin:stop]),
+                np.ascontiguousarray(depths[top:bottom, begin:stop]),
                 left[top:bottom, top:bottom].contiguous().numpy(), inside.numpy(),
                 rounding.dead_zone, *_shrink(rounding),
             )  # fmt: skip
@@ -83,11 +90,19 @@ def _shrink(rounding: Rounding) -> tuple[float, float]:
 
 
 @nb.njit(cache=True, nogil=True, inline="always")
-def _nearest(scaled, dead_zone):  # type: ignore[no-untyped-def]
+def _nearest(scaled, depth, dead_zone):  # type: ignore[no-untyped-def]
     """Symbol of u / step; magnitudes are bounded so that a wild value stays an int32 the coder can take."""
+    if depth == 0:
+        return 0
+    if depth == 1:
+        return -1 if scaled < 0 else 1
     size = abs(scaled)
     symbol = 0 if size < dead_zone else int(min(size + 1.0 - dead_zone, 1048575.0))
-    return -symbol if scaled < 0 else symbol
+    symbol = -symbol if scaled < 0 else symbol
+    if depth > 1:
+        half = 1 << (depth - 1)
+        symbol = min(max(symbol, -half), half - 1)
+    return symbol
 
 
 @nb.njit(cache=True, nogil=True, inline="always")
@@ -98,17 +113,17 @@ def _value(symbol, shrink_one, shrink_more):  # type: ignore[no-untyped-def]
 
 
 @nb.njit(cache=True, nogil=True)
-def _round(weight, step_size, dead_zone, shrink_one, shrink_more, symbols, error):  # type: ignore[no-untyped-def]
+def _round(weight, step_size, depths, dead_zone, shrink_one, shrink_more, symbols, error):  # type: ignore[no-untyped-def]
     for i in range(weight.shape[0]):
         for j in range(weight.shape[1]):
             scaled = weight[i, j] / step_size[i, j]
-            symbol = _nearest(scaled, dead_zone)
+            symbol = _nearest(scaled, depths[i, j], dead_zone)
             symbols[i, j] = symbol
             error[i, j] = weight[i, j] - _value(symbol, shrink_one, shrink_more) * step_size[i, j]
 
 
 @nb.njit(cache=True, nogil=True)
-def _feedback_block(target, weight, step_size, left, right, dead_zone, shrink_one, shrink_more):  # type: ignore[no-untyped-def]
+def _feedback_block(target, weight, step_size, depths, left, right, dead_zone, shrink_one, shrink_more):  # type: ignore[no-untyped-def]
     """One block: `target` is W plus what the blocks already done ask for. Returns symbols and errors of the block."""
     rows, columns = target.shape
     symbols = np.zeros((rows, columns), np.int32)
@@ -127,7 +142,7 @@ def _feedback_block(target, weight, step_size, left, right, dead_zone, shrink_on
         for i in range(rows - 1, -1, -1):
             step = step_size[i, j]
             scaled = u[i] / step
-            symbol = _nearest(scaled, dead_zone)
+            symbol = _nearest(scaled, depths[i, j], dead_zone)
             symbols[i, j] = symbol
             e = weight[i, j] - _value(symbol, shrink_one, shrink_more) * step
             error[i, j] = e

@@ -77,6 +77,13 @@ def mean_diagonal(moment: FloatArray) -> float:
     return float(moment.mean() if moment.ndim == 1 else np.einsum("...ii->...i", moment).mean())
 
 
+def diagonal(moment: FloatArray) -> FloatArray:
+    """Diagonal float64 (n,) of a moment (n,), (n, n) or (b, m, m), bounded from below as factors are."""
+    values = moment if moment.ndim == 1 else np.einsum("...ii->...i", moment).reshape(-1)
+    bounded: FloatArray = np.maximum(values, values.mean() * 1e-12 + 1e-300)
+    return bounded
+
+
 def regularise(moment: FloatArray, amount: float) -> FloatArray:
     """moment + amount · (mean diagonal) · I; moment (n,), (n, n) or (b, m, m)."""
     extra = amount * mean_diagonal(moment)
@@ -88,17 +95,17 @@ def factor(moment: FloatArray) -> Factor:
 
     A moment that is not positive definite in float64 gets more damping, a factor of ten at a time."""
     if moment.ndim == 1:
-        return Factor(None, np.maximum(moment, moment.mean() * 1e-12 + 1e-300))
+        return Factor(None, diagonal(moment))
     if not mean_diagonal(moment) > 0:  # says nothing
         return Factor(None, np.ones(moment.shape[0] if moment.ndim == 2 else moment.shape[0] * moment.shape[1]))
     extra = 0.0
     while True:
         damped = torch.from_numpy(regularise(moment, extra) if extra else moment)
         lower, failed = torch.linalg.cholesky_ex(damped.reshape(-1, *moment.shape[-2:]))
-        diagonal = torch.diagonal(lower, dim1=1, dim2=2)
-        if not bool(failed.any()) and bool((diagonal > 0).all()) and bool(torch.isfinite(diagonal).all()):
-            unit = (lower / diagonal[:, None, :]).numpy()
-            return Factor(tuple(np.ascontiguousarray(u) for u in unit), (diagonal**2).reshape(-1).numpy())
+        roots = torch.diagonal(lower, dim1=1, dim2=2)
+        if not bool(failed.any()) and bool((roots > 0).all()) and bool(torch.isfinite(roots).all()):
+            unit = (lower / roots[:, None, :]).numpy()
+            return Factor(tuple(np.ascontiguousarray(u) for u in unit), (roots**2).reshape(-1).numpy())
         extra = max(10 * extra, 1e-8)
 
 

@@ -1,0 +1,56 @@
+"""What is decided about a compression before its one scalar c: the method asked for, and what data decide."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from transquant.allocation.steps import Grouping
+from transquant.quantizers.feedback import Rounding
+from transquant.quantizers.metric import Damping
+
+Kind = Literal["i", "d", "k", "e"]
+Axis = Literal["", "r", "c", "k", "j"]
+KINDS: dict[str, Kind] = {"identity": "i", "dct": "d", "klt": "k", "elt": "e"}
+KIND_NAMES = {kind: name for name, kind in KINDS.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """What the caller forces. `transform`: "auto", "identity", "dct", "klt", "elt"; `axis`: "input", "output", "kernel",
+    "joint" or None; `coding`: "entropy" or "fixed"; `feedback`: closed loop or open."""
+
+    transform: str = "auto"
+    axis: str | None = None
+    coding: str = "entropy"
+    feedback: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTransform:
+    """The transform of one layer: `kind` and `axis` as FORMAT.md names them, entries of a basis with unit-norm columns in
+    multiples of 2^−bits (closed loop)."""
+
+    kind: Kind = "i"
+    axis: Axis = ""
+    bits: int = 4
+
+
+IDENTITY = LayerTransform()
+PACKED = LayerTransform("i", "c")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What the held-back samples decide: the regularisation of the metric, the step groups, the dead zone."""
+
+    damping: Damping = field(default_factory=Damping)
+    grouping: Grouping = field(default_factory=Grouping)
+    dead_zone: float = 0.6
+
+    @property
+    def rounding(self) -> Rounding:
+        """Magnitudes are rebuilt in the middle of their bins, [k − 1 + dead zone, k + dead zone). Centroids, which the mean
+        square asks for, shrink every layer a little, and that hurts the network more than it saves."""
+        offset = -round(64 * (self.dead_zone - 0.5))
+        return Rounding(self.dead_zone, (offset, offset))

@@ -1,0 +1,266 @@
+"""One weight at scalar c:  transform → metric → steps or depths → feedback → symbols.
+
+W ─ analyze ─ C      A, G ─ regularise ─ Bᵀ A B, Sᵀ G S ─ L D Lᵀ ─ steps     C, steps, L ─ feedback ─ symbols ─ synthesize ─ Ŵ
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import ceil, log2
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transquant.allocation.depths import depth_table
+from transquant.allocation.steps import matrix_steps
+from transquant.bitstream import tensor_values
+from transquant.choices import Choice, LayerTransform, Method
+from transquant.entropy.tables import MAX_SYMBOL, fold_for
+from transquant.grid import steps, total_index
+from transquant.packing import group_sizes
+from transquant.quantizers.feedback import Rounding, quantize_feedback
+from transquant.quantizers.metric import (
+    Damping,
+    Factor,
+    diagonal,
+    factor,
+    mean_diagonal,
+    noise_level,
+    quadratic_form,
+    regularise,
+    wiener,
+)
+from transquant.records import MAX_BASIS, BandCodes, CodedEntry, CodedTensor, FloatArray, IntArray, LayerStats, WeightSpec
+from transquant.transforms.fit import elt, klt
+from transquant.transforms.frame import Frame, band_cost, closed_frame, dct_frame, inverse, open_frame
+from transquant.transforms.layout import Layout
+
+LARGEST_SYMBOL = MAX_SYMBOL / 8
+WIENER_SIDE = 2048  # no eigenbases above this side length
+LEAST_BASIS_DEPTH = 3  # fixed-length, closed loop: fewer bits leave a basis that cannot be inverted
+
+Moments = Sequence[tuple[FloatArray, FloatArray]]  # (columns, rows) of each group
+
+
+@dataclass(frozen=True, slots=True)
+class CodedWeight:
+    """A coded weight, its predicted distortion, and float64 (O,) what the layer's bias must add, or None."""
+
+    tensor: CodedTensor
+    distortion: float
+    shift: FloatArray | None
+
+
+def lagrangian(c: float) -> float:
+    """λ, distortion a bit: the slope of the rate–distortion function at the water level c²/12, 2 ln 2 · c²/12."""
+    return float(np.log(2) / 6 * c * c)
+
+
+def code_weight(
+    spec: WeightSpec, weight: FloatArray, stats: LayerStats, c: float, step: tuple[int, int], choice: Choice,
+    transform: LayerTransform, method: Method,
+) -> CodedWeight:  # fmt: skip
+    """Quantize one weight, float64 (O, n), whose `stats` are not all zero. `step`: the global step on the format's grid."""
+    moments = [_live(stats, k) for k in range(len(stats.input_moment))]
+    variance = float(np.mean(weight**2))
+    damped = [_regularised(a, g, variance, c, choice.damping) for a, g in moments]
+    coding = "f" if method.coding == "fixed" else "u"
+    entry = CodedEntry(spec.name, spec.shape, spec.dtype, transform=transform.kind, axis=transform.axis, coding=coding)  # type: ignore[arg-type]
+    part = _fixed if coding == "f" else _entropy_coded
+    tensor, frame, decoded = part(entry, weight, moments, damped, variance, c, step, choice, transform, method)
+    error = weight - (decoded if frame is None else frame.synthesize(decoded))
+    shift = None if stats.input_mean is None else np.zeros((len(moments), len(weight) // len(moments)))
+    distortion = 0.0
+    for k, block in enumerate(error.reshape(len(moments), -1, weight.shape[1])):
+        distortion += quadratic_form(block, stats.input_moment[k], stats.output_moment[k])
+        if shift is not None and stats.input_mean is not None:
+            shift[k] = (block * stats.input_mean[k]).sum(1)
+    return CodedWeight(tensor, distortion, None if shift is None else shift.reshape(-1))
+
+
+def _entropy_coded(
+    entry: CodedEntry, weight: FloatArray, moments: Moments, damped: Moments, variance: float, c: float, step: tuple[int, int],
+    choice: Choice, transform: LayerTransform, method: Method,
+) -> tuple[CodedTensor, Frame | None, FloatArray]:  # fmt: skip
+    """One step index and half-octave exponents; symbols for the entropy coder."""
+    frame = _frame(entry, weight, damped, transform, c if not method.feedback else None)
+    factors = [_factors(frame, a, g, method.feedback) for a, g in damped]
+    plan = matrix_steps(
+        np.stack([g.diagonal for _, g in factors]), np.stack([a.diagonal for a, _ in factors]), entry.group_columns,
+        choice.grouping,
+    )  # fmt: skip
+    coeffs = weight if frame is None else frame.analyze(weight)
+    sizes = steps(step, total_index(plan.qp, plan.row_exponents, plan.column_exponents, entry.group_columns))
+    if coarser := quarter_octaves(np.abs(coeffs) / sizes):
+        plan = replace(plan, qp=plan.qp + coarser)
+        sizes = steps(step, total_index(plan.qp, plan.row_exponents, plan.column_exponents, entry.group_columns))
+    if frame is None and choice.damping.wiener:
+        blocks = weight.reshape(len(moments), -1, weight.shape[1])
+        coeffs = np.concatenate([_wiener(b, a, g, variance, c, choice.damping) for b, (a, g) in zip(blocks, moments, strict=True)])
+    symbols, decoded = _quantize_groups(coeffs, np.broadcast_to(sizes, weight.shape), factors, choice.rounding)
+    has = ("r" if plan.row_exponents is not None else "") + ("c" if plan.column_exponents is not None else "")
+    fold = fold_for(entry.rows, entry.columns // max(entry.group_columns, 1), entry.group_columns)
+    entry = replace(entry, qp=plan.qp, recon_offsets=choice.rounding.offsets, groups=has, fold=fold)  # type: ignore[arg-type]
+    return CodedTensor(entry, symbols, plan.row_exponents, plan.column_exponents, _used(entry, frame, symbols)), frame, decoded
+
+
+def _fixed(
+    entry: CodedEntry, weight: FloatArray, moments: Moments, damped: Moments, variance: float, c: float, step: tuple[int, int],
+    choice: Choice, transform: LayerTransform, method: Method,
+) -> tuple[CodedTensor, Frame | None, FloatArray]:  # fmt: skip
+    """A bit depth and a step for each group of bands, by equal slope; saturating codes."""
+    layout, lmbda, sizes = Layout.of(entry), lagrangian(c), group_sizes(entry)
+    cost = np.diagonal(sum(band_cost(layout, a, g) for a, g in damped)) / (weight.size / entry.bands)
+    frame, basis_depths, quarters = None, None, np.zeros(len(sizes), int)
+    bands = layout.bands(weight)
+    if transform.kind == "d":
+        frame = dct_frame(layout, entry.shape[2:])
+    elif transform.kind != "i":
+        synthesis = _basis(layout, weight, damped, transform)
+        bands = np.linalg.solve(synthesis, bands)
+        energies = _by_group((bands**2).sum(1), sizes)
+        tables = [depth_table(part, 16) for part in _split(synthesis.T, sizes)]
+        least = LEAST_BASIS_DEPTH if method.feedback else 0
+        chosen = [t.best(float(cost.mean() * e), lmbda, least) for t, e in zip(tables, energies, strict=True)]
+        basis_depths = np.array(chosen, np.int32)
+        quarters = np.array([t.quarters[b] for t, b in zip(tables, chosen, strict=True)])
+        frame = _packed_frame(layout, synthesis, 2.0 ** (quarters / 4), basis_depths, sizes, method.feedback)
+    if frame is not None and (transform.kind == "d" or method.feedback):
+        bands = layout.coded_bands(frame.analyze(weight))
+        quarters = np.zeros(len(sizes), int)
+    elif frame is not None:
+        bands = bands * np.repeat(2.0 ** (quarters / 4), sizes)[:, None]
+    factors = [_factors(frame, a, g, method.feedback) for a, g in damped]
+    gains = _by_group(_band_gains(layout, factors), sizes) / np.array(sizes)
+    groups = [depth_table(part) for part in _split(bands, sizes)]
+    depths = np.array([t.best(float(h), lmbda) for t, h in zip(groups, gains, strict=True)], np.int32)
+    base = 4 * log2(float(steps(step, np.zeros((1, 1), np.int64))[0, 0]))
+    indices = np.array([round(t.quarters[b] - base) if b else 0 for t, b in zip(groups, depths, strict=True)], np.int32)
+    per_band = np.repeat(steps(step, indices[None].astype(np.int64))[0], sizes)
+    step_size = np.broadcast_to(layout.per_band(per_band), weight.shape)
+    limits = np.broadcast_to(layout.per_band(np.repeat(depths, sizes).astype(np.int8)), weight.shape)
+    symbols, decoded = _quantize_groups(layout.coded(bands), step_size, factors, Rounding(), limits)
+    codes = BandCodes(depths, indices, basis_depths)
+    return CodedTensor(entry, symbols, None, None, None if frame is None else frame.basis, codes), frame, decoded
+
+
+def _live(stats: LayerStats, group: int) -> tuple[FloatArray, FloatArray]:
+    """Moments of a group; a dead group among live ones takes the mean of all."""
+    a, g = stats.input_moment[group], stats.output_moment[group]
+    return (a, g) if a.any() and g.any() else (stats.input_moment.mean(0), stats.output_moment.mean(0))
+
+
+def _regularised(a: FloatArray, g: FloatArray, variance: float, c: float, damping: Damping) -> tuple[FloatArray, FloatArray]:
+    noise = noise_level(damping, c * c / 12, variance, mean_diagonal(a), mean_diagonal(g))
+    return regularise(a, damping.alpha + noise), regularise(g, damping.gamma + noise)
+
+
+def _factors(frame: Frame | None, a: FloatArray, g: FloatArray, feedback: bool) -> tuple[Factor, Factor]:
+    """Factors of the regularised moments in the coefficient domain; without feedback their diagonals."""
+    if frame is not None:
+        a, g = frame.column_moment(a), frame.row_moment(g)
+    return (factor(a), factor(g)) if feedback else (Factor(None, diagonal(a)), Factor(None, diagonal(g)))
+
+
+def _basis(layout: Layout, weight: FloatArray, damped: Moments, transform: LayerTransform) -> FloatArray:
+    bands = layout.bands(weight)
+    energy = bands @ bands.T
+    return klt(energy) if transform.kind == "k" else elt(energy, sum(band_cost(layout, a, g) for a, g in damped))  # type: ignore[arg-type]
+
+
+def _frame(
+    entry: CodedEntry, weight: FloatArray, damped: Moments, transform: LayerTransform, open_at: float | None
+) -> Frame | None:
+    """The frame of a transform with an entropy-coded basis; `open_at`: the scalar c of the open loop, else None."""
+    if transform.kind == "i":
+        return None
+    layout = Layout.of(entry)
+    if transform.kind == "d":
+        return dct_frame(layout, entry.shape[2:])
+    synthesis = _basis(layout, weight, damped, transform)
+    if open_at is None:
+        return closed_frame(layout, synthesis, transform.bits)
+    # an entry of column b is as sensitive as its band has energy: the same rule as for weights
+    bands = np.linalg.solve(synthesis, layout.bands(weight))
+    cost = float(np.mean(np.diagonal(sum(band_cost(layout, a, g) for a, g in damped)))) / bands.shape[1]
+    sizes = open_at / np.sqrt(np.maximum(cost * (bands**2).sum(1), 1e-300))
+    sizes = np.maximum(sizes, np.abs(synthesis).max(0) / MAX_BASIS)
+    return open_frame(layout, synthesis, np.rint(synthesis / sizes).astype(np.int32), sizes)
+
+
+def _packed_frame(
+    layout: Layout, synthesis: FloatArray, group_steps: FloatArray, depths: IntArray, sizes: list[int], feedback: bool
+) -> Frame:
+    """The frame of a basis in fixed-length codes; in the closed loop coefficients come from the decoded one."""
+    step = np.repeat(group_steps, sizes)
+    depth = np.repeat(depths, sizes)
+    half = 2.0 ** np.maximum(depth - 1, 0)
+    basis = np.clip(np.rint(synthesis / step), -half, half - 1)
+    basis = np.where(depth == 1, np.where(synthesis < 0, -1, 1), basis) * (depth > 0)
+    exact = open_frame(layout, synthesis, basis.astype(np.int32), step)
+    return replace(exact, analysis=inverse(basis)) if feedback else exact
+
+
+def _used(entry: CodedEntry, frame: Frame | None, symbols: IntArray) -> IntArray | None:
+    """The basis to send: columns whose band is zero throughout are not needed."""
+    if frame is None or frame.basis is None:
+        return None
+    used: IntArray = np.abs(Layout.of(entry).coded_bands(symbols)).max(1) > 0
+    return np.where(used[None, :], frame.basis, 0).astype(np.int32)
+
+
+def _band_gains(layout: Layout, factors: Sequence[tuple[Factor, Factor]]) -> FloatArray:
+    """Mean sensitivity of a band's coefficients, float64 (r,)."""
+    each = [g.diagonal[:, None] * a.diagonal[None, :] for a, g in factors]
+    gains: FloatArray = layout.coded_bands(np.concatenate(each)).mean(1)
+    return gains
+
+
+def _split(bands: FloatArray, sizes: Sequence[int]) -> list[FloatArray]:
+    return np.split(bands, np.cumsum(sizes)[:-1])
+
+
+def _by_group(values: FloatArray, sizes: Sequence[int]) -> FloatArray:
+    return np.array([part.sum() for part in _split(values, sizes)])
+
+
+def _wiener(weight: FloatArray, a: FloatArray, g: FloatArray, variance: float, c: float, damping: Damping) -> FloatArray:
+    """The Wiener filtered weights, where they fit in memory."""
+    if variance == 0 or not a.ndim == g.ndim == 2 or max(len(a), len(g)) > WIENER_SIDE:
+        return weight
+    return wiener(weight, regularise(a, damping.alpha), regularise(g, damping.gamma), c * c / 12 / variance)
+
+
+def _quantize_groups(
+    coeffs: FloatArray, sizes: FloatArray, factors: Sequence[tuple[Factor, Factor]], rounding: Rounding,
+    depths: NDArray[np.int8] | None = None,
+) -> tuple[IntArray, FloatArray]:  # fmt: skip
+    """Symbols int32 and decoded coefficients float64, both (O, n); groups and diagonal blocks of columns are independent."""
+    symbols, decoded = np.empty(coeffs.shape, np.int32), np.empty(coeffs.shape)
+    height = len(coeffs) // len(factors)
+    for k, (input_factor, output_factor) in enumerate(factors):
+        rows = slice(k * height, (k + 1) * height)
+        lower_out = None if output_factor.lower is None else output_factor.lower[0]
+        blocks = input_factor.lower or (None,)
+        width = coeffs.shape[1] // len(blocks)
+        for b, lower_in in enumerate(blocks):
+            block = rows, slice(b * width, (b + 1) * width)
+            target = np.ascontiguousarray(coeffs[block])
+            limits = None if depths is None else np.ascontiguousarray(depths[block])
+            symbols[block], error = quantize_feedback(
+                target, np.ascontiguousarray(sizes[block]), lower_out, lower_in, rounding, limits
+            )
+            decoded[block] = target - error
+    return symbols, decoded
+
+
+def dequantized(tensor: CodedTensor, step: tuple[int, int]) -> FloatArray:
+    """What a reader will give, float64 (O, n)."""
+    return tensor_values(tensor, step).astype(np.float64)
+
+
+def quarter_octaves(magnitudes: FloatArray) -> int:
+    """By how much a step index must grow so that symbols stay well inside the format's range; feedback needs some room."""
+    largest = float(magnitudes.max(initial=0.0))
+    return max(0, ceil(4 * log2(largest / LARGEST_SYMBOL))) if largest > 0 else 0
