@@ -185,6 +185,8 @@ def bomb(data, **entry):
     header, sections = split(data)
     value = json.loads(header)
     value["tensors"][0].update(entry)
+    for key in set("xy") - set(entry):  # transforms bound their bands before anything else
+        value["tensors"][0].pop(key, None)
     return join(json.dumps(value).encode(), sections)
 
 

@@ -113,7 +113,12 @@ def test_unreachable_targets_say_what_is_reachable(small, samples):
         ({"ratio": True}, "ratio is True"),
         ({"max_drop": 1.0}, "pair"),
         ({"bits": 2, "metric": "psnr"}, "metric is 'psnr'"),
-        ({"bits": 2, "transform": "dct"}, "transform is 'dct'"),
+        ({"bits": 2, "transform": "wavelet"}, "transform is 'wavelet'"),
+        ({"bits": 2, "axis": "rows"}, "axis is 'rows'"),
+        ({"bits": 2, "transform": "dct", "axis": "input"}, "axis is 'input', allowed is 'kernel'"),
+        ({"bits": 2, "coding": "huffman"}, "coding is 'huffman'"),
+        ({"bits": 2, "feedback": "yes"}, "feedback is 'yes'"),
+        ({"bits": 2, "verify": True}, "verify needs calibration"),
         ({"bits": 2, "objective": "time"}, "objective is 'time'"),
         ({"bits": 2, "effort": 11}, "effort is 11"),
         ({"bits": 2, "overrides": {"nothing.*": "exact"}}, "matches no coded tensor"),
@@ -123,4 +128,4 @@ def test_unreachable_targets_say_what_is_reachable(small, samples):
 )
 def test_bad_options_are_named(small, samples, options, message):
     with pytest.raises(tq.errors.InputError, match=message):
-        tq.compress(small, samples, **options)
+        tq.compress(small, None if "verify" in options else samples, **options)

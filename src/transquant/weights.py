@@ -141,8 +141,11 @@ def _fixed(
     step_size = np.broadcast_to(layout.per_band(per_band), weight.shape)
     limits = np.broadcast_to(layout.per_band(np.repeat(depths, sizes).astype(np.int8)), weight.shape)
     symbols, decoded = _quantize_groups(layout.coded(bands), step_size, factors, Rounding(), limits)
-    codes = BandCodes(depths, indices, basis_depths)
-    return CodedTensor(entry, symbols, None, None, None if frame is None else frame.basis, codes), frame, decoded
+    basis = _used(entry, frame, symbols)
+    if basis is not None and basis_depths is not None:  # no codes for columns that no coefficient needs
+        basis_depths = np.where([part.any() for part in np.split(basis, np.cumsum(sizes)[:-1], axis=1)], basis_depths, 0)
+    codes = BandCodes(depths, indices, None if basis_depths is None else basis_depths.astype(np.int32))
+    return CodedTensor(entry, symbols, None, None, basis, codes), frame, decoded
 
 
 def _live(stats: LayerStats, group: int) -> tuple[FloatArray, FloatArray]:
@@ -186,6 +189,7 @@ def _frame(
     cost = float(np.mean(np.diagonal(sum(band_cost(layout, a, g) for a, g in damped)))) / bands.shape[1]
     sizes = open_at / np.sqrt(np.maximum(cost * (bands**2).sum(1), 1e-300))
     sizes = np.maximum(sizes, np.abs(synthesis).max(0) / MAX_BASIS)
+    sizes = 2.0 ** (np.ceil(4 * np.log2(sizes)) / 4)  # a fixed grid: between its points coefficients' steps follow c smoothly
     return open_frame(layout, synthesis, np.rint(synthesis / sizes).astype(np.int32), sizes)
 
 
