@@ -27,11 +27,11 @@ def random_tensor(rng, shape, axis, transform, depths=range(17)):
 
     values = entry.rows * entry.columns // max(entry.bands, 1)
     chosen = rng.choice(depths, len(sizes)).astype(np.int32)
-    bands = np.concatenate([symbols(n, values, b) for n, b in zip(sizes, chosen)]).astype(np.int32)
+    bands = np.concatenate([symbols(n, values, b) for n, b in zip(sizes, chosen, strict=True)]).astype(np.int32)
     basis = basis_depths = None
     if entry.basis_side:
         basis_depths = rng.choice(depths, len(sizes)).astype(np.int32)
-        columns = [symbols(n, entry.bands, b) for n, b in zip(sizes, basis_depths)]
+        columns = [symbols(n, entry.bands, b) for n, b in zip(sizes, basis_depths, strict=True)]
         basis = np.ascontiguousarray(np.concatenate(columns).T.astype(np.int32))
     codes = BandCodes(chosen, rng.integers(-1000, 1001, len(sizes)).astype(np.int32), basis_depths)
     return CodedTensor(entry, Layout.of(entry).coded(bands), None, None, basis, codes)
@@ -106,13 +106,13 @@ def test_equal_slope_is_optimal(rng):
     groups = [rng.normal(size=n) * s for n, s in ((40, 1.0), (40, 0.3), (10, 5.0), (80, 0.05))]
     sensitivities = (1.0, 4.0, 0.5, 2.0)
     tables = [depth_table(g, 5) for g in groups]
-    points = [(sum(t.count * b for t, b in zip(tables, chosen)),
-               sum(h * t.errors[b] for t, h, b in zip(tables, sensitivities, chosen)))
+    points = [(sum(t.count * b for t, b in zip(tables, chosen, strict=True)),
+               sum(h * t.errors[b] for t, h, b in zip(tables, sensitivities, chosen, strict=True)))
               for chosen in product(range(6), repeat=4)]  # fmt: skip
     for lmbda in (3.0, 0.3, 0.03, 0.003):
-        chosen = [t.best(h, lmbda) for t, h in zip(tables, sensitivities)]
-        bits = sum(t.count * b for t, b in zip(tables, chosen))
-        distortion = sum(h * t.errors[b] for t, h, b in zip(tables, sensitivities, chosen))
+        chosen = [t.best(h, lmbda) for t, h in zip(tables, sensitivities, strict=True)]
+        bits = sum(t.count * b for t, b in zip(tables, chosen, strict=True))
+        distortion = sum(h * t.errors[b] for t, h, b in zip(tables, sensitivities, chosen, strict=True))
         assert distortion <= min(d for b, d in points if b <= bits) * (1 + 1e-12)
 
 

@@ -17,8 +17,8 @@ from transquant.transforms.fit import coding_gain_bits, elt, klt
 from transquant.transforms.frame import Frame, band_cost, closed_frame, dct_frame, open_frame
 from transquant.transforms.layout import Layout
 
-O, I, K = 6, 4, 9
-AXES = {"r": O, "c": I, "k": K, "j": I * K}
+ROWS, CHANNELS, TAPS = 6, 4, 9
+AXES = {"r": ROWS, "c": CHANNELS, "k": TAPS, "j": CHANNELS * TAPS}
 
 
 def spd(rng, side, condition=50.0):
@@ -34,16 +34,16 @@ def entropy_bits(symbols):
 
 @pytest.mark.parametrize("axis", AXES)
 def test_layout_is_the_definition(rng, axis):
-    layout, r = Layout(axis, O, I, K), AXES[axis]
-    weight = rng.normal(size=(O, I * K))
-    x, w = layout.bands(weight), weight.reshape(O, I, K)
+    layout, r = Layout(axis, ROWS, CHANNELS, TAPS), AXES[axis]
+    weight = rng.normal(size=(ROWS, CHANNELS * TAPS))
+    x, w = layout.bands(weight), weight.reshape(ROWS, CHANNELS, TAPS)
     expected = {
         "r": lambda b, rest: w[b].reshape(-1)[rest],
-        "c": lambda b, rest: w[rest // K, b, rest % K],
-        "k": lambda b, rest: w[rest // I, rest % I, b],
+        "c": lambda b, rest: w[rest // TAPS, b, rest % TAPS],
+        "k": lambda b, rest: w[rest // CHANNELS, rest % CHANNELS, b],
         "j": lambda b, rest: weight[rest, b],
     }[axis]
-    assert x.shape == (r, O * I * K // r)
+    assert x.shape == (r, ROWS * CHANNELS * TAPS // r)
     assert all(x[b, m] == expected(b, m) for b in range(r) for m in range(x.shape[1]))
     np.testing.assert_array_equal(layout.weight(x), weight)
     coded = layout.coded(x)
@@ -52,17 +52,17 @@ def test_layout_is_the_definition(rng, axis):
     marks = layout.coded_bands(np.broadcast_to(layout.per_band(np.arange(r)), weight.shape))
     np.testing.assert_array_equal(marks, np.broadcast_to(np.arange(r)[:, None], x.shape))
     if axis == "k":  # a band's columns stay together
-        np.testing.assert_array_equal(coded[:, :I], w[:, :, 0])
+        np.testing.assert_array_equal(coded[:, :CHANNELS], w[:, :, 0])
 
 
 @pytest.mark.parametrize("axis", AXES)
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_distortion_is_the_same_in_any_basis(rng, axis, diagonal):
-    a, g = spd(rng, I * K), spd(rng, O)
-    layout = Layout(axis, O, I, K)
+    a, g = spd(rng, CHANNELS * TAPS), spd(rng, ROWS)
+    layout = Layout(axis, ROWS, CHANNELS, TAPS)
     synthesis = rng.normal(size=(AXES[axis],) * 2)
     frame = Frame(layout, synthesis, np.linalg.inv(synthesis))
-    error = rng.normal(size=(O, I * K))
+    error = rng.normal(size=(ROWS, CHANNELS * TAPS))
     np.testing.assert_allclose(frame.synthesize(frame.analyze(error)), error, atol=1e-8)
     if diagonal:
         a, g = np.diag(a), np.diag(g)
@@ -77,9 +77,9 @@ def test_distortion_is_the_same_in_any_basis(rng, axis, diagonal):
 @pytest.mark.parametrize("axis", AXES)
 def test_band_cost_is_the_mean_over_the_other_axes(rng, axis):
     """With white errors over all else, tr(Eᵀ cost E) / m is the distortion of an error along the axis."""
-    a, g, layout, r = spd(rng, I * K), spd(rng, O), Layout(axis, O, I, K), AXES[axis]
+    a, g, layout, r = spd(rng, CHANNELS * TAPS), spd(rng, ROWS), Layout(axis, ROWS, CHANNELS, TAPS), AXES[axis]
     direction = rng.normal(size=r)
-    m = O * I * K // r
+    m = ROWS * CHANNELS * TAPS // r
     total = 0.0
     for k in range(m):  # E‖·‖ over independent unit errors of each position
         x = np.zeros((r, m))
@@ -215,9 +215,9 @@ def test_no_entry_of_a_dct_lies_near_a_rounding_tie():
 
 @pytest.mark.parametrize("axis", AXES)
 def test_synthesis_is_exact_integer_arithmetic(rng, axis):
-    entry = CodedEntry("w", (O, I, 3, 3), transform="k", axis=axis)
+    entry = CodedEntry("w", (ROWS, CHANNELS, 3, 3), transform="k", axis=axis)
     r = entry.bands
-    coeffs = (rng.normal(size=(O, I * K)) * np.exp(rng.normal(size=(O, I * K)) * 4)).astype(np.float32)
+    coeffs = (rng.normal(size=(ROWS, CHANNELS * TAPS)) * np.exp(rng.normal(size=(ROWS, CHANNELS * TAPS)) * 4)).astype(np.float32)
     basis = rng.integers(-(1 << 15), (1 << 15) + 1, (r, r)).astype(np.int32)
     layout = Layout.of(entry)
     t = layout.coded_bands(coeffs)
@@ -242,8 +242,8 @@ def test_synthesis_of_zeros_and_of_too_much():
 
 
 def test_dct_frame_matches_what_a_reader_synthesizes(rng):
-    entry = CodedEntry("w", (O, I, 3, 3), transform="d", axis="k")
+    entry = CodedEntry("w", (ROWS, CHANNELS, 3, 3), transform="d", axis="k")
     frame = dct_frame(Layout.of(entry), (3, 3))
-    weight = rng.normal(size=(O, I * K))
+    weight = rng.normal(size=(ROWS, CHANNELS * TAPS))
     decoded = synthesize(frame.analyze(weight).astype(np.float32), None, entry)
     np.testing.assert_allclose(decoded, weight, atol=1e-5)
