@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from transquant.allocation.depths import MOST_DEPTH, depth_table, quantized
 from transquant.errors import CorruptFile
-from transquant.packing import group_sizes, indices, pack, split_bits, unpack
+from transquant.packing import group_sizes, indices, pack, tensor_bits, unpack
 from transquant.records import BandCodes, CodedEntry, CodedTensor
 from transquant.transforms.layout import Layout
 
@@ -55,7 +55,7 @@ def test_round_trip(seed, shape, axis, transform):
         np.testing.assert_array_equal(back.codes.indices, given_tensor.codes.indices)
         if given_tensor.basis is not None:
             np.testing.assert_array_equal(back.basis, given_tensor.basis)
-    assert sum(sum(split_bits(t)) for t in tensors) == 8 * len(data)
+    assert sum(tensor_bits(t).payload + tensor_bits(t).side for t in tensors) == 8 * len(data)
     for broken in (data[:-1], data + b"\0"):
         with pytest.raises(CorruptFile):
             unpack(broken, [t.entry for t in tensors])
@@ -63,9 +63,9 @@ def test_round_trip(seed, shape, axis, transform):
 
 def test_payload_is_depth_times_values(rng):
     tensor = random_tensor(rng, (16, 8, 3, 3), "c", "i", depths=[3])
-    payload, side = split_bits(tensor)
-    assert payload == 3 * 16 * 8 * 9
-    assert side == 8 * 3 * len(group_sizes(tensor.entry))
+    bits = tensor_bits(tensor)
+    assert bits.payload == 3 * 16 * 8 * 9
+    assert bits.side == 8 * 3 * len(group_sizes(tensor.entry))
     np.testing.assert_array_equal(np.unique(indices(tensor.entry, tensor.codes)), np.unique(tensor.codes.indices))
 
 

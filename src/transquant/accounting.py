@@ -23,6 +23,7 @@ from transquant.records import (
     RawEntry,
     RawSpec,
     Statistics,
+    TensorBits,
     is_packed,
 )
 from transquant.report import LayerReport, Report
@@ -44,8 +45,7 @@ def report_of(
     """The report of a compression that has just been done; `gains` of its transforms, in bits a value."""
     total = max(draft.predicted, 1e-300)
     shares = {name: d / total for name, d in draft.distortions.items()}
-    bits = {name: (b, encoded.exponent_bits[name]) for name, b in encoded.symbol_bits.items()}
-    rows = tuple(_rows(draft.entries, bits, draft.step, shares, gains))
+    rows = tuple(_rows(draft.entries, encoded.bits, draft.step, shares, gains))
     raw = tuple((s.name, s.reason) for s in plan.specs if isinstance(s, RawSpec))
     return _report(
         rows, encoded.data, encoded.raw_bytes, plan.original_bytes, plan.num_parameters, stats.metric,
@@ -53,13 +53,11 @@ def report_of(
     )  # fmt: skip
 
 
-def file_report(
-    container: Container, data: bytes, plane_bits: Sequence[float], packed_bits: dict[str, tuple[float, float]]
-) -> Report:
+def file_report(container: Container, data: bytes, plane_bits: Sequence[float], packed_bits: Mapping[str, TensorBits]) -> Report:
     """The report that a file gives of itself; `plane_bits` as decoding counted them, and those of packed tensors."""
     coded = [e for e in container.entries if isinstance(e, CodedEntry | BatchNormEntry)]
     in_symbols = [e for e in coded if not is_packed(e)]
-    bits = {name: (symbols, exponents) for name, symbols, exponents in split_bits(in_symbols, plane_bits)} | packed_bits
+    bits = {**split_bits(in_symbols, plane_bits), **packed_bits}
     raw_bytes = sum(len(s.data) for s in container.sections if s.kind == "r")
     metric, predicted, shares = read_distortions(container.metadata, [e.name for e in coded])
     parameters = original = 0
@@ -90,7 +88,7 @@ def _report(
 
 def _rows(
     entries: Sequence[Entry],
-    bits: Mapping[str, tuple[float, float]],
+    bits: Mapping[str, TensorBits],
     step: tuple[int, int],
     shares: Mapping[str, float],
     gains: Mapping[str, float] | None = None,
@@ -112,9 +110,11 @@ def _rows(
             kind,
             transform,
             count,
-            *bits[entry.name],
+            bits[entry.name].payload,
+            bits[entry.name].side,
             step=size,
             distortion_share=shares.get(entry.name),
+            basis_bits=bits[entry.name].basis,
             transform_gain=None if gains is None else gains.get(entry.name),
         )
 

@@ -9,7 +9,7 @@ decoder as an argument, so the numpy reader and the compiled one share everythin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -36,6 +36,7 @@ from transquant.records import (
     Plane,
     RawEntry,
     Section,
+    TensorBits,
     is_packed,
 )
 from transquant.transforms.exact import synthesize
@@ -52,12 +53,11 @@ WEIGHTS, SIDE, VECTORS, BASIS = 0, 1, 2, 3
 
 @dataclass(frozen=True, slots=True)
 class EncodedFile:
-    """A file and where its bits went: by coded tensor, the information content of its symbols and of its exponents;
+    """A file and where its bits went: by coded tensor;
     `section_bytes` of the symbol sections together, `raw_bytes` of the raw section."""
 
     data: bytes
-    symbol_bits: Mapping[str, float]
-    exponent_bits: Mapping[str, float]
+    bits: Mapping[str, TensorBits]
     section_bytes: int
     raw_bytes: int
 
@@ -74,27 +74,24 @@ def encode(
 
     `encode_sections` gives bytes and the planes' information contents of each job; sections are independent."""
     sections: list[Section] = []
-    symbol_bits: dict[str, float] = {}
-    exponent_bits: dict[str, float] = {}
+    tensor_bits: dict[str, TensorBits] = {}
     groups = _sections([e for e in entries if isinstance(e, CodedEntry | BatchNormEntry) and not is_packed(e)])
     planes = [[plane for entry in group for plane in planes_of(coded[entry.name])] for group in groups]
     jobs = [(of_group, _lanes(of_group)) for of_group in planes]
     for group, (_, lanes), (data, bits) in zip(groups, jobs, encode_sections(jobs), strict=True):
         sections.append(Section("s", len(group), lanes, data))
-        for name, of_symbols, of_exponents in split_bits(group, bits):
-            symbol_bits[name], exponent_bits[name] = of_symbols, of_exponents
+        tensor_bits |= split_bits(group, bits)
     packed = [t for t in (coded[e.name] for e in entries if is_packed(e)) if isinstance(t, CodedTensor)]
     if packed:
         sections.append(Section("p", len(packed), 0, packing.pack(packed)))
-        for tensor in packed:
-            symbol_bits[tensor.entry.name], exponent_bits[tensor.entry.name] = packing.split_bits(tensor)
+        tensor_bits |= {tensor.entry.name: packing.tensor_bits(tensor) for tensor in packed}
     section_bytes = sum(len(s.data) for s in sections)
     raw_entries = [e for e in entries if isinstance(e, RawEntry)]
     exact = pack_raw([raw[e.name] for e in raw_entries]) if raw_entries else b""
     if raw_entries:
         sections.append(Section("r", len(raw_entries), 0, exact))
     container = Container(step, tuple(entries), tuple(sections), metadata or {})
-    return EncodedFile(write_container(container), symbol_bits, exponent_bits, section_bytes, len(exact))
+    return EncodedFile(write_container(container), tensor_bits, section_bytes, len(exact))
 
 
 def decode(container: Container, decode_planes: PlaneDecoder) -> dict[str, Coded]:
@@ -281,10 +278,13 @@ def dtypes(container: Container) -> dict[str, str]:
     return result
 
 
-def split_bits(group: Sequence[CodedEntry | BatchNormEntry], bits: Sequence[float]) -> Iterator[tuple[str, float, float]]:
-    """(name, bits of symbols, bits of step exponents) of a section's entries, from its planes' bits."""
+def split_bits(group: Sequence[CodedEntry | BatchNormEntry], bits: Sequence[float]) -> dict[str, TensorBits]:
+    """Bits of a section's entries by name, from its planes' bits."""
     rest = iter(bits)
+    result: dict[str, TensorBits] = {}
     for entry in group:
         own = [(shape[2], next(rest)) for shape in plane_shapes(entry)]
-        side = sum(b for kind, b in own if kind in (SIDE, BASIS))
-        yield entry.name, sum(b for _, b in own) - side, side
+        basis = sum(b for kind, b in own if kind == BASIS)
+        side = basis + sum(b for kind, b in own if kind == SIDE)
+        result[entry.name] = TensorBits(sum(b for _, b in own) - side, side, basis)
+    return result

@@ -161,7 +161,7 @@ def load(path: str | PathLike[str], limits: Limits | None = None) -> CompressedM
     container = read_container(data, limits)
     coded, bits = _decode(container)
     bitstream.values(container, coded)
-    packed = {n: packing.split_bits(t) for n, t in coded.items() if isinstance(t, CodedTensor) and t.codes is not None}
+    packed = {n: packing.tensor_bits(t) for n, t in coded.items() if isinstance(t, CodedTensor) and t.codes is not None}
     return CompressedModel(data, file_report(container, data, bits, packed), limits)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transquant.errors import CorruptFile
-from transquant.records import MAX_DEPTH, BandCodes, CodedEntry, CodedTensor, IntArray
+from transquant.records import MAX_DEPTH, BandCodes, CodedEntry, CodedTensor, IntArray, TensorBits
 from transquant.transforms.layout import Layout
 
 MAX_INDEX = 1000
@@ -43,12 +43,16 @@ def indices(entry: CodedEntry, codes: BandCodes) -> NDArray[np.int64]:
     return Layout.of(entry).per_band(by_band)
 
 
-def split_bits(tensor: CodedTensor) -> tuple[float, float]:
+def tensor_bits(tensor: CodedTensor) -> TensorBits:
     """Bits of a packed tensor's coefficients, and of its side information: basis, depths, steps, padding."""
     assert tensor.codes is not None
     values = tensor.symbols.size // max(tensor.entry.bands, 1)
     payload = sum(size * values * int(b) for size, b in zip(group_sizes(tensor.entry), tensor.codes.depths, strict=True))
-    return float(payload), 8.0 * len(_pack(tensor)) - payload
+    basis = 0.0
+    if tensor.codes.basis_depths is not None:
+        pairs = zip(group_sizes(tensor.entry), tensor.codes.basis_depths, strict=True)
+        basis = float(sum(size * tensor.entry.bands * int(b) + 8 for size, b in pairs))
+    return TensorBits(float(payload), 8.0 * len(_pack(tensor)) - payload, basis)
 
 
 def group_sizes(entry: CodedEntry) -> list[int]:

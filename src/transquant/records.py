@@ -212,6 +212,15 @@ class CodedBatchNorm:
 Coded = CodedTensor | CodedBatchNorm
 
 
+@dataclass(frozen=True, slots=True)
+class TensorBits:
+    """Where the bits of one coded tensor went: its symbols, its side information, and the basis' part of that."""
+
+    payload: float
+    side: float
+    basis: float = 0.0
+
+
 # --------------------------------------------------------------------------------------- what compress works on
 
 

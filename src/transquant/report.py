@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
-    """One row of the report. Bits are those of the file; `distortion_share` is the layer's part of the predicted sum;
+    """One row of the report. Bits are those of the file (`side_bits` include `basis_bits`); `distortion_share` is the layer's part of the predicted sum;
     `transform_gain`: bits a value that the transform was found to save, its basis included (None where nothing was compared)."""
 
     name: str
@@ -21,6 +21,7 @@ class LayerReport:
     side_bits: float
     step: float | None
     distortion_share: float | None
+    basis_bits: float = 0.0
     transform_gain: float | None = None
 
 
@@ -57,6 +58,11 @@ class Report:
     verification: tuple[VerifiedPoint, ...] = ()
 
     @property
+    def basis_bytes(self) -> int:
+        """Bytes of the side information that are bases of transforms."""
+        return round(sum(r.basis_bits for r in self.layers) / 8)
+
+    @property
     def bits_per_parameter(self) -> float:
         """8 · file bytes / parameters."""
         return 8 * self.file_bytes / max(self.num_parameters, 1)
@@ -70,7 +76,12 @@ class Report:
         """JSON-ready."""
         value = asdict(self)
         value["settings"] = {k: v if isinstance(v, int | float | str | dict) else str(v) for k, v in self.settings.items()}
-        return {"bits_per_parameter": self.bits_per_parameter, "compression_ratio": self.compression_ratio, **value}
+        return {
+            "basis_bytes": self.basis_bytes,
+            "bits_per_parameter": self.bits_per_parameter,
+            "compression_ratio": self.compression_ratio,
+            **value,
+        }
 
     def __str__(self) -> str:
         return _text(self)
@@ -89,6 +100,8 @@ def _text(report: Report) -> str:
         ("side information", report.side_info_bytes, "bases, step exponents, coder states"),
         ("header", report.header_bytes, "names, shapes, steps"),
     )
+    if report.basis_bytes:
+        parts = (*parts[:3], ("  bases", report.basis_bytes, "of that, transforms"), parts[3])
     for name, size, what in parts:
         lines.append(f"  {name:<17}{size:>12,}  {100 * size / report.file_bytes:5.1f} %  {what}")
     lines += ["", _distortion_line(report), ""]

@@ -137,7 +137,8 @@ def _bits(
 def count_bits(tensor: CodedTensor) -> float:
     """Bits of a tensor on its own: with fresh contexts in one lane, or packed."""
     if tensor.codes is not None:
-        return sum(packing.split_bits(tensor))
+        bits = packing.tensor_bits(tensor)
+        return bits.payload + bits.side
     return sum(encode_planes(planes_of(tensor), 1)[1])
 
 
