@@ -9,8 +9,9 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
-    """One row of the report. Bits are those of the file (`side_bits` include `basis_bits`); `distortion_share` is the layer's part of the predicted sum;
-    `transform_gain`: bits a value that the transform was found to save, its basis included (None where nothing was compared)."""
+    """One row of the report. Bits are those of the file, `side_bits` with `basis_bits`. `distortion_share`: the layer's part
+    of the predicted sum. `transform_gain`: bits a value that the transform was found to save, its basis included (None where
+    nothing was compared)."""
 
     name: str
     shape: tuple[int, ...]
@@ -94,14 +95,14 @@ def _text(report: Report) -> str:
         f"{report.bits_per_parameter:.3f} bits a parameter",
         "",
     ]
-    parts = (
+    parts = [
         ("weights", report.payload_bytes, "entropy-coded symbols"),
         ("side parameters", report.side_parameter_bytes, "BatchNorm, biases, exact tensors"),
         ("side information", report.side_info_bytes, "bases, step exponents, coder states"),
         ("header", report.header_bytes, "names, shapes, steps"),
-    )
+    ]
     if report.basis_bytes:
-        parts = (*parts[:3], ("  bases", report.basis_bytes, "of that, transforms"), parts[3])
+        parts.insert(3, ("  bases", report.basis_bytes, "of that, for transforms"))
     for name, size, what in parts:
         lines.append(f"  {name:<17}{size:>12,}  {100 * size / report.file_bytes:5.1f} %  {what}")
     lines += ["", _distortion_line(report), ""]
