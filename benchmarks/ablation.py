@@ -23,11 +23,12 @@ from pages import insert_table
 from transquant import modules
 from transquant.allocation.search import meet_size
 from transquant.allocation.steps import Grouping
-from transquant.choices import Choice
+from transquant.choices import Choice, Method
 from transquant.encoder import Encoder, Source
 from transquant.quantizers.metric import Damping
 from transquant.records import LayerStats, Statistics
 from transquant.stats import collect, weight_statistics
+from transquant.transform_choice import choose_transforms, transforms_of
 from transquant.workers import workers
 
 BITS = (1.0, 2.0)
@@ -75,6 +76,13 @@ VARIANTS: dict[str, tuple[Callable[[Statistics], Statistics], Choice]] = {
     "dead zone 0.5": (same, replace(BASE, dead_zone=0.5)),
     "dead zone 0.65": (same, replace(BASE, dead_zone=0.65)),
 }
+FORCED = {
+    "no transforms": Method("identity"),
+    "DCT over every kernel": Method("dct", "kernel"),
+    "KLT over every kernel": Method("klt", "kernel"),
+    "ELT over every kernel": Method("elt", "kernel"),
+    "KLT over input channels everywhere": Method("klt", "input"),
+}
 
 
 def main() -> None:
@@ -88,10 +96,13 @@ def main() -> None:
     with workers() as pool:
         batches = [b for k, b in enumerate(modules.micro_batches([images[:2048]])) if k % 5]
         stats = collect(model, batches, plan, modules.run_batch, pool)
-        variants = {name: (change(stats), choice) for name, (change, choice) in VARIANTS.items()}
-        variants["no calibration"] = (weight_statistics(plan, source.values), BASE)
-        for name, (changed, choice) in variants.items():
-            encoder = Encoder(plan, source, changed, pool)
+        auto = Method()
+        variants = {name: (change(stats), choice, auto) for name, (change, choice) in VARIANTS.items()}
+        variants |= {name: (stats, BASE, method) for name, method in FORCED.items()}
+        variants["no calibration"] = (weight_statistics(plan, source.values), BASE, auto)
+        variants["no calibration, no transforms"] = (weight_statistics(plan, source.values), BASE, Method("identity"))
+        for name, (changed, choice, method) in variants.items():
+            encoder = Encoder(plan, source, changed, pool, method)
             row: dict[str, object] = {"variant": name}
             for bits in BITS:
                 row[f"kl_{bits}"] = divergence(encoder, choice, model, bits, test, reference)
@@ -109,6 +120,7 @@ def divergence(
 ) -> float:
     """KL in nats of the network in a file of exactly that size, within half a per cent."""
     target = bits * encoder.plan.num_parameters / 8
+    encoder = encoder.transformed(transforms_of(choose_transforms(encoder, encoder.first_guess(target), choice)))
 
     def size_of(c: float) -> float:
         return len(encoder.encode(encoder.draft(c, choice)).data)
