@@ -24,7 +24,9 @@ from transquant.transforms.layout import Layout
 from transquant.weights import code_weight, lagrangian
 
 SAMPLE = 1 << 18  # values of a layer on which candidates are compared
+LARGE = 3e9  # multiply–adds of a feedback pass above which only the likeliest candidates are tried
 BASIS_BITS = (3, 4, 6)  # precisions of a basis that are tried in the closed loop
+LIKELY: tuple[Kind, ...] = ("d", "k")
 LEAST_BITS = 2.0  # an entry of a basis takes at least about as much
 ROWS_FIRST = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "embedding", "conv1d_hf")  # rows are the inputs
 
@@ -58,7 +60,7 @@ def _choose(spec: WeightSpec, weight: FloatArray, stats: LayerStats, c: float, c
             continue
         costs[candidate] = _bits(part, values, moments, c, choice, candidate, method) / values.size
     best = min(costs, key=lambda t: costs[t])
-    if best.kind in ("k", "e") and method.coding == "entropy" and method.feedback:
+    if best.kind in ("k", "e") and not _large(spec) and method.coding == "entropy" and method.feedback:
         for bits in BASIS_BITS:
             finer = replace(best, bits=bits)
             if finer not in costs:
@@ -73,6 +75,8 @@ def _candidates(spec: WeightSpec, matrix: tuple[int, ...], stats: LayerStats, me
     none = IDENTITY if not packed else LayerTransform("i", _axis(spec, method.axis or "input"))
     if method.transform == "identity" or stats.input_moment.ndim == 4 or min(matrix) == 0:
         return [none]
+    if method.transform == "auto" and _large(spec):
+        return [none, *(LayerTransform(kind, "k") for kind in LIKELY if _fits(spec, "k", stats))]
     kinds: Sequence[Kind] = ("d", "k", "e") if method.transform == "auto" else (KINDS[method.transform],)
     axes = [_axis(spec, name) for name in ("kernel", "input", "output", "joint") if method.axis in (None, name)]
     possible = [LayerTransform(k, a) for k in kinds for a in axes if (k != "d" or a == "k") and _fits(spec, a, stats)]
@@ -94,6 +98,11 @@ def _fits(spec: WeightSpec, axis: str, stats: LayerStats) -> bool:
     if axis == "r" and len(stats.input_moment) > 1:
         return False
     return 1 < bands <= MAX_BANDS and not (axis == "j" and taps == 1)
+
+
+def _large(spec: WeightSpec) -> bool:
+    rows, columns = spec.shape[0] // spec.groups, int(np.prod(spec.shape[1:]))
+    return spec.shape[0] * columns * (rows + columns) > LARGE
 
 
 def _measured(stats: LayerStats) -> bool:

@@ -31,9 +31,19 @@ from transquant.quantizers.metric import (
     regularise,
     wiener,
 )
-from transquant.records import MAX_BASIS, BandCodes, CodedEntry, CodedTensor, FloatArray, IntArray, LayerStats, WeightSpec
+from transquant.records import (
+    MAX_BASIS,
+    MAX_DEPTH,
+    BandCodes,
+    CodedEntry,
+    CodedTensor,
+    FloatArray,
+    IntArray,
+    LayerStats,
+    WeightSpec,
+)
 from transquant.transforms.fit import elt, klt
-from transquant.transforms.frame import Frame, band_cost, closed_frame, dct_frame, inverse, open_frame
+from transquant.transforms.frame import WORST_CONDITION, Frame, band_cost, closed_frame, dct_frame, inverse, open_frame
 from transquant.transforms.layout import Layout
 
 LARGEST_SYMBOL = MAX_SYMBOL / 8
@@ -119,13 +129,8 @@ def _fixed(
     elif transform.kind != "i":
         synthesis = _basis(layout, weight, damped, transform)
         bands = np.linalg.solve(synthesis, bands)
-        energies = _by_group((bands**2).sum(1), sizes)
-        tables = [depth_table(part, 16) for part in _split(synthesis.T, sizes)]
-        least = LEAST_BASIS_DEPTH if method.feedback else 0
-        chosen = [t.best(float(cost.mean() * e), lmbda, least) for t, e in zip(tables, energies, strict=True)]
-        basis_depths = np.array(chosen, np.int32)
-        quarters = np.array([t.quarters[b] for t, b in zip(tables, chosen, strict=True)])
-        frame = _packed_frame(layout, synthesis, 2.0 ** (quarters / 4), basis_depths, sizes, method.feedback)
+        worth = float(cost.mean()) * _by_group((bands**2).sum(1), sizes)
+        frame, basis_depths, quarters = _packed_frame(layout, synthesis, worth, lmbda, sizes, method.feedback)
     if frame is not None and (transform.kind == "d" or method.feedback):
         bands = layout.coded_bands(frame.analyze(weight))
         quarters = np.zeros(len(sizes), int)
@@ -194,16 +199,22 @@ def _frame(
 
 
 def _packed_frame(
-    layout: Layout, synthesis: FloatArray, group_steps: FloatArray, depths: IntArray, sizes: list[int], feedback: bool
-) -> Frame:
-    """The frame of a basis in fixed-length codes; in the closed loop coefficients come from the decoded one."""
-    step = np.repeat(group_steps, sizes)
-    depth = np.repeat(depths, sizes)
-    half = 2.0 ** np.maximum(depth - 1, 0)
-    basis = np.clip(np.rint(synthesis / step), -half, half - 1)
-    basis = np.where(depth == 1, np.where(synthesis < 0, -1, 1), basis) * (depth > 0)
+    layout: Layout, synthesis: FloatArray, worth: FloatArray, lmbda: float, sizes: list[int], feedback: bool
+) -> tuple[Frame, IntArray, IntArray]:
+    """The frame of a basis in fixed-length codes, its depths and its steps in quarter octaves, by group; `worth`: what an
+    error of a column costs. In the closed loop coefficients come from the decoded basis, which must have an inverse."""
+    tables = [depth_table(part, MAX_DEPTH) for part in _split(synthesis.T, sizes)]
+    for least in range(LEAST_BASIS_DEPTH if feedback else 0, MAX_DEPTH + 1):
+        depths = np.array([t.best(float(h), lmbda, least) for t, h in zip(tables, worth, strict=True)], np.int32)
+        quarters = np.array([t.quarters[b] for t, b in zip(tables, depths, strict=True)], np.int32)
+        step, depth = np.repeat(2.0 ** (quarters / 4), sizes), np.repeat(depths, sizes)
+        half = 2.0 ** np.maximum(depth - 1, 0)
+        basis = np.clip(np.rint(synthesis / step), -half, half - 1)
+        basis = np.where(depth == 1, np.where(synthesis < 0, -1, 1), basis) * (depth > 0)
+        if not feedback or np.linalg.cond(basis * step) < WORST_CONDITION:
+            break
     exact = open_frame(layout, synthesis, basis.astype(np.int32), step)
-    return replace(exact, analysis=inverse(basis)) if feedback else exact
+    return (replace(exact, analysis=inverse(basis)) if feedback else exact), depths, quarters
 
 
 def _used(entry: CodedEntry, frame: Frame | None, symbols: IntArray) -> IntArray | None:
