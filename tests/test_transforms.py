@@ -61,12 +61,12 @@ def test_distortion_is_the_same_in_any_basis(rng, axis, diagonal):
     a, g = spd(rng, CHANNELS * TAPS), spd(rng, ROWS)
     layout = Layout(axis, ROWS, CHANNELS, TAPS)
     synthesis = rng.normal(size=(AXES[axis],) * 2)
-    frame = Frame(layout, synthesis, np.linalg.inv(synthesis))
+    frame = Frame(layout, synthesis, np.linalg.inv(synthesis), np.zeros(AXES[axis], np.int32))
     error = rng.normal(size=(ROWS, CHANNELS * TAPS))
     np.testing.assert_allclose(frame.synthesize(frame.analyze(error)), error, atol=1e-8)
     if diagonal:
         a, g = np.diag(a), np.diag(g)
-        full = Frame(layout, synthesis, frame.analysis)
+        full = frame
         np.testing.assert_allclose(frame.column_moment(a), np.diag(full.column_moment(np.diag(a))) if axis != "r" else a)
         np.testing.assert_allclose(frame.row_moment(g), np.diag(full.row_moment(np.diag(g))) if axis == "r" else g)
         return
@@ -186,11 +186,14 @@ def test_a_coarse_basis_costs_no_distortion_in_the_closed_loop(rng, bits):
 def test_open_frame_quantizes_the_basis_and_scales_the_coefficients(rng):
     layout = Layout("c", 5, 4, 9)
     weight, synthesis = rng.normal(size=(5, 36)), np.linalg.qr(rng.normal(size=(4, 4)))[0]
-    steps = np.array([0.01, 0.02, 0.005, 0.01])
-    frame = open_frame(layout, synthesis, np.rint(synthesis / steps).astype(np.int32), steps)
+    quarters = np.array([-28, -24, -30, -26], np.int32)
+    frame = open_frame(layout, synthesis, np.rint(synthesis / 2.0 ** (quarters / 4)).astype(np.int32), quarters)
     rebuilt = frame.synthesize(frame.analyze(weight))
     assert 0 < np.abs(rebuilt - weight).max() < 0.1
-    np.testing.assert_allclose(layout.coded_bands(frame.analyze(weight)) / steps[:, None], synthesis.T @ layout.bands(weight))
+    np.testing.assert_allclose(layout.coded_bands(frame.analyze(weight)), synthesis.T @ layout.bands(weight))
+    np.testing.assert_allclose(frame.synthesis, frame.basis * frame.scales)
+    without = open_frame(layout, synthesis, np.where(np.arange(4) == 2, 0, frame.basis), quarters)
+    assert not layout.coded_bands(without.analyze(weight))[2].any()
 
 
 @pytest.mark.parametrize("kernel", [(3,), (3, 3), (5, 7), (2, 3, 4), (16,)])
@@ -245,5 +248,6 @@ def test_dct_frame_matches_what_a_reader_synthesizes(rng):
     entry = CodedEntry("w", (ROWS, CHANNELS, 3, 3), transform="d", axis="k")
     frame = dct_frame(Layout.of(entry), (3, 3))
     weight = rng.normal(size=(ROWS, CHANNELS * TAPS))
-    decoded = synthesize(frame.analyze(weight).astype(np.float32), None, entry)
+    coded = frame.analyze(weight) * frame.layout.per_band(frame.scales)
+    decoded = synthesize(coded.astype(np.float32), None, entry)
     np.testing.assert_allclose(decoded, weight, atol=1e-5)

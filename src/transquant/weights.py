@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transquant.allocation.depths import depth_table
-from transquant.allocation.steps import matrix_steps
+from transquant.allocation.steps import StepPlan, matrix_steps
 from transquant.bitstream import tensor_values
 from transquant.choices import Choice, LayerTransform, Method
 from transquant.entropy.tables import MAX_SYMBOL, fold_for
-from transquant.grid import steps, total_index
+from transquant.grid import MAX_EXPONENT, MAX_QP, steps, total_index
 from transquant.packing import group_sizes
 from transquant.quantizers.feedback import Rounding, quantize_feedback
 from transquant.quantizers.metric import (
@@ -101,10 +101,11 @@ def _entropy_coded(
         choice.grouping,
     )  # fmt: skip
     coeffs = weight if frame is None else frame.analyze(weight)
-    sizes = steps(step, total_index(plan.qp, plan.row_exponents, plan.column_exponents, entry.group_columns))
+    plan = plan if frame is None else _scaled(plan, frame)
+    sizes = _step_sizes(entry, plan, step, frame)
     if coarser := quarter_octaves(np.abs(coeffs) / sizes):
         plan = replace(plan, qp=plan.qp + coarser)
-        sizes = steps(step, total_index(plan.qp, plan.row_exponents, plan.column_exponents, entry.group_columns))
+        sizes = _step_sizes(entry, plan, step, frame)
     if frame is None and choice.damping.wiener:
         blocks = weight.reshape(len(moments), -1, weight.shape[1])
         coeffs = np.concatenate([_wiener(b, a, g, variance, c, choice.damping) for b, (a, g) in zip(blocks, moments, strict=True)])
@@ -115,34 +116,51 @@ def _entropy_coded(
     return CodedTensor(entry, symbols, plan.row_exponents, plan.column_exponents, _used(entry, frame, symbols)), frame, decoded
 
 
+def _scaled(plan: StepPlan, frame: Frame) -> StepPlan:
+    """Steps of the coefficients as they are coded: those of the basis' columns taken over."""
+    base = 2 * round(float(frame.quarters.mean()) / 2)
+    plan = replace(plan, qp=min(max(plan.qp + base, -MAX_QP), MAX_QP))
+    own = (frame.quarters - base) // 2
+    if not own.any():
+        return plan
+    by_row = frame.layout.axis == "r"
+    exponents = plan.row_exponents if by_row else plan.column_exponents
+    total = np.clip(own if exponents is None else exponents + own, -MAX_EXPONENT, MAX_EXPONENT).astype(np.int32)
+    return replace(plan, row_exponents=total) if by_row else replace(plan, column_exponents=total)
+
+
+def _step_sizes(entry: CodedEntry, plan: StepPlan, step: tuple[int, int], frame: Frame | None) -> FloatArray:
+    """Steps of the coefficients in units of a basis with unit-norm columns, broadcastable to (O, n)."""
+    sizes = steps(step, total_index(plan.qp, plan.row_exponents, plan.column_exponents, entry.group_columns))
+    return sizes if frame is None else sizes / frame.layout.per_band(frame.scales)
+
+
 def _fixed(
     entry: CodedEntry, weight: FloatArray, moments: Moments, damped: Moments, variance: float, c: float, step: tuple[int, int],
     choice: Choice, transform: LayerTransform, method: Method,
 ) -> tuple[CodedTensor, Frame | None, FloatArray]:  # fmt: skip
     """A bit depth and a step for each group of bands, by equal slope; saturating codes."""
     layout, lmbda, sizes = Layout.of(entry), lagrangian(c), group_sizes(entry)
-    cost = np.diagonal(sum(band_cost(layout, a, g) for a, g in damped)) / (weight.size / entry.bands)
-    frame, basis_depths, quarters = None, None, np.zeros(len(sizes), int)
-    bands = layout.bands(weight)
+    frame, basis_depths = None, None
     if transform.kind == "d":
         frame = dct_frame(layout, entry.shape[2:])
     elif transform.kind != "i":
         synthesis = _basis(layout, weight, damped, transform)
-        bands = np.linalg.solve(synthesis, bands)
-        worth = float(cost.mean()) * _by_group((bands**2).sum(1), sizes)
-        frame, basis_depths, quarters = _packed_frame(layout, synthesis, worth, lmbda, sizes, method.feedback)
-    if frame is not None and (transform.kind == "d" or method.feedback):
-        bands = layout.coded_bands(frame.analyze(weight))
-        quarters = np.zeros(len(sizes), int)
-    elif frame is not None:
-        bands = bands * np.repeat(2.0 ** (quarters / 4), sizes)[:, None]
+        bands = inverse(synthesis) @ layout.bands(weight)
+        worth = _column_cost(layout, damped, bands) * _by_group((bands**2).sum(1), sizes)
+        frame, basis_depths = _packed_frame(layout, synthesis, worth, lmbda, sizes, method.feedback)
+    bands = layout.bands(weight) if frame is None else layout.coded_bands(frame.analyze(weight))
     factors = [_factors(frame, a, g, method.feedback) for a, g in damped]
     gains = _by_group(_band_gains(layout, factors), sizes) / np.array(sizes)
     groups = [depth_table(part) for part in _split(bands, sizes)]
     depths = np.array([t.best(float(h), lmbda) for t, h in zip(groups, gains, strict=True)], np.int32)
     base = 4 * log2(float(steps(step, np.zeros((1, 1), np.int64))[0, 0]))
-    indices = np.array([round(t.quarters[b] - base) if b else 0 for t, b in zip(groups, depths, strict=True)], np.int32)
+    quarters = np.array([t.quarters[b] for t, b in zip(groups, depths, strict=True)])
+    if frame is not None:  # a group of columns has one scale
+        quarters = quarters + frame.quarters[np.cumsum(sizes) - sizes]
+    indices = np.where(depths > 0, np.rint(quarters - base), 0).astype(np.int32)
     per_band = np.repeat(steps(step, indices[None].astype(np.int64))[0], sizes)
+    per_band = per_band if frame is None else per_band / frame.scales
     step_size = np.broadcast_to(layout.per_band(per_band), weight.shape)
     limits = np.broadcast_to(layout.per_band(np.repeat(depths, sizes).astype(np.int8)), weight.shape)
     symbols, decoded = _quantize_groups(layout.coded(bands), step_size, factors, Rounding(), limits)
@@ -190,31 +208,39 @@ def _frame(
     if open_at is None:
         return closed_frame(layout, synthesis, transform.bits)
     # an entry of column b is as sensitive as its band has energy: the same rule as for weights
-    bands = np.linalg.solve(synthesis, layout.bands(weight))
-    cost = float(np.mean(np.diagonal(sum(band_cost(layout, a, g) for a, g in damped)))) / bands.shape[1]
-    sizes = open_at / np.sqrt(np.maximum(cost * (bands**2).sum(1), 1e-300))
-    sizes = np.maximum(sizes, np.abs(synthesis).max(0) / MAX_BASIS)
-    sizes = 2.0 ** (np.ceil(4 * np.log2(sizes)) / 4)  # a fixed grid: between its points coefficients' steps follow c smoothly
-    return open_frame(layout, synthesis, np.rint(synthesis / sizes).astype(np.int32), sizes)
+    bands = inverse(synthesis) @ layout.bands(weight)
+    sizes = open_at / np.sqrt(np.maximum(_column_cost(layout, damped, bands) * (bands**2).sum(1), 1e-300))
+    largest = np.abs(synthesis).max(0)
+    # half octaves, as step exponents are: between its points the coefficients' steps follow c smoothly
+    quarters = 2 * np.ceil(2 * np.log2(np.clip(sizes, largest / MAX_BASIS, 4 * largest))).astype(np.int32)
+    return open_frame(layout, synthesis, np.rint(synthesis / 2.0 ** (quarters / 4)).astype(np.int32), quarters)
+
+
+def _column_cost(layout: Layout, damped: Moments, bands: FloatArray) -> float:
+    """What the square of an error in an entry of a basis costs, for a band of unit energy."""
+    costs = [float(np.mean(np.diagonal(band_cost(layout, a, g)))) for a, g in damped]
+    return sum(costs) / int(bands.shape[1])
 
 
 def _packed_frame(
     layout: Layout, synthesis: FloatArray, worth: FloatArray, lmbda: float, sizes: list[int], feedback: bool
-) -> tuple[Frame, IntArray, IntArray]:
-    """The frame of a basis in fixed-length codes, its depths and its steps in quarter octaves, by group; `worth`: what an
+) -> tuple[Frame, IntArray]:
+    """The frame of a basis in fixed-length codes and its depths by group; `worth`: what an
     error of a column costs. In the closed loop coefficients come from the decoded basis, which must have an inverse."""
     tables = [depth_table(part, MAX_DEPTH) for part in _split(synthesis.T, sizes)]
     for least in range(LEAST_BASIS_DEPTH if feedback else 0, MAX_DEPTH + 1):
         depths = np.array([t.best(float(h), lmbda, least) for t, h in zip(tables, worth, strict=True)], np.int32)
         quarters = np.array([t.quarters[b] for t, b in zip(tables, depths, strict=True)], np.int32)
-        step, depth = np.repeat(2.0 ** (quarters / 4), sizes), np.repeat(depths, sizes)
+        scale, depth = np.repeat(quarters, sizes), np.repeat(depths, sizes)
         half = 2.0 ** np.maximum(depth - 1, 0)
-        basis = np.clip(np.rint(synthesis / step), -half, half - 1)
+        basis = np.clip(np.rint(synthesis / 2.0 ** (scale / 4)), -half, half - 1)
         basis = np.where(depth == 1, np.where(synthesis < 0, -1, 1), basis) * (depth > 0)
-        if not feedback or np.linalg.cond(basis * step) < WORST_CONDITION:
+        exact = open_frame(layout, synthesis, basis.astype(np.int32), scale)
+        if not feedback:
+            return exact, depths
+        if np.linalg.cond(exact.synthesis) < WORST_CONDITION:
             break
-    exact = open_frame(layout, synthesis, basis.astype(np.int32), step)
-    return (replace(exact, analysis=inverse(basis)) if feedback else exact), depths, quarters
+    return replace(exact, analysis=inverse(exact.synthesis)), depths
 
 
 def _used(entry: CodedEntry, frame: Frame | None, symbols: IntArray) -> IntArray | None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from transquant.records import FloatArray, IntArray
-from transquant.transforms.exact import dct_basis
+from transquant.transforms.exact import DCT_BITS, dct_basis
 from transquant.transforms.layout import Layout
 
 BASIS_BITS = 12
@@ -26,13 +26,20 @@ WORST_CONDITION = 1e4
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One weight's transform: `synthesis` float64 (r, r), the decoded basis; `analysis` (r, r), from bands to coefficients;
-    `basis` int32 (r, r) as it is sent, None for a DCT."""
+    """One weight's transform: `synthesis` float64 (r, r), the decoded basis with columns of about unit norm; `analysis`
+    (r, r), from bands to coefficients. `basis` int32 (r, r) as it is sent, None for a DCT: an integer of column b stands
+    for 2^(quarters[b] / 4), int32 (r,), which the steps of the coefficients take over."""
 
     layout: Layout
     synthesis: FloatArray
     analysis: FloatArray
+    quarters: IntArray
     basis: IntArray | None = None
+
+    @property
+    def scales(self) -> FloatArray:
+        """What an integer of each column stands for, float64 (r,)."""
+        return 2.0 ** (self.quarters / 4)
 
     def analyze(self, weight: FloatArray) -> FloatArray:
         """Coefficients (O, n) of a weight (O, n)."""
@@ -92,24 +99,26 @@ def band_cost(layout: Layout, column_moment: FloatArray, row_moment: FloatArray)
 
 def dct_frame(layout: Layout, kernel: tuple[int, ...]) -> Frame:
     """The DCT over a kernel; nothing is sent."""
-    synthesis = dct_basis(kernel).astype(np.float64)
-    return Frame(layout, synthesis, inverse(synthesis))
+    synthesis = np.asarray(dct_basis(kernel) * 2.0**-DCT_BITS, np.float64)
+    return Frame(layout, synthesis, inverse(synthesis), np.full(len(synthesis), -4 * DCT_BITS, np.int32))
 
 
 def closed_frame(layout: Layout, synthesis: FloatArray, bits: int) -> Frame:
     """The frame of a basis with unit-norm columns, rounded to multiples of 2^−bits; finer where that is nearly singular."""
     for finer in range(bits, BASIS_BITS + 1):
         basis = np.rint(synthesis * 2.0**finer).astype(np.int32)
-        if np.linalg.cond(basis.astype(np.float64)) < WORST_CONDITION or finer == BASIS_BITS:
+        decoded = np.asarray(basis * 2.0**-finer, np.float64)
+        if np.linalg.cond(decoded) < WORST_CONDITION:
             break
-    decoded = basis.astype(np.float64)
-    return Frame(layout, decoded, inverse(decoded), basis)
+    return Frame(layout, decoded, inverse(decoded), np.full(len(basis), -4 * finer, np.int32), basis)
 
 
-def open_frame(layout: Layout, synthesis: FloatArray, basis: IntArray, steps: FloatArray) -> Frame:
-    """The open loop's frame: `basis` holds the columns of `synthesis` quantized with steps (r,), coefficients come from
-    the exact one."""
-    return Frame(layout, basis.astype(np.float64), inverse(synthesis) * steps[:, None], basis)
+def open_frame(layout: Layout, synthesis: FloatArray, basis: IntArray, quarters: IntArray) -> Frame:
+    """The open loop's frame: `basis` holds the columns of `synthesis` in units of 2^(quarters / 4), coefficients come from
+    the exact one. A band whose column vanishes has no coefficients."""
+    dead = np.abs(basis).max(0) == 0
+    decoded = np.where(dead[None, :], synthesis, basis * 2.0 ** (quarters / 4))
+    return Frame(layout, decoded, np.where(dead[:, None], 0, inverse(synthesis)), quarters, basis)
 
 
 def inverse(matrix: FloatArray) -> FloatArray:
