@@ -7,6 +7,8 @@ folder is missing, and callers skip.
 from __future__ import annotations
 
 import io
+import json
+import math
 import os
 import tarfile
 from collections.abc import Iterator
@@ -127,14 +129,26 @@ class MobileNetV1(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+class CharRNN(nn.Module):
+    """Character language model: two LSTM layers. Input N x T characters, output N x T x 65, the next character."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.lstm, self.decoder = nn.Embedding(65, 128), nn.LSTM(128, 128, 2, batch_first=True), nn.Linear(128, 65)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.decoder(self.lstm(self.embedding(ids))[0])
+
+
 def network(name: str) -> nn.Module:
-    """One of "resnet20", "squeezenet", "mobilenet" with its trained weights, in eval mode."""
+    """One of "resnet20", "squeezenet", "mobilenet", "charrnn" with its trained weights, in eval mode."""
     data = shared_data()
     assert data is not None, "the shared data folder is missing"
     model, file = {
         "resnet20": (ResNet20, "cifar10/resnet20.safetensors"),
         "squeezenet": (SqueezeNet, "imagenet/squeezenet1_1.safetensors"),
         "mobilenet": (MobileNetV1, "imagenet/mobilenet_v1_025_224.safetensors"),
+        "charrnn": (CharRNN, "charrnn/shakespeare.safetensors"),
     }[name]
     net = model()
     state = load_file(data / file)
@@ -209,3 +223,32 @@ def logits(model: nn.Module, images: Tensor, batch: int = 250) -> Tensor:
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Top-1 accuracy in per cent."""
     return 100 * (logits(model, images).argmax(1) == labels).float().mean().item()
+
+
+WARM_UP = 50  # characters of a row that are not scored: the state begins at zero
+ROW = 401  # characters: 400 inputs, each with its next one
+
+
+def characters(first: float, count: int | None = None, last: float = 1.0) -> Tensor:
+    """Rows (N, 401) of the character network's text, int64: `count` rows from the fraction `first` of it on, or all up to
+    the fraction `last`."""
+    data = shared_data()
+    assert data is not None, "the shared data folder is missing"
+    vocabulary = json.loads((data / "charrnn" / "shakespeare.vocab.json").read_text())
+    text = (data / "text" / "tinyshakespeare.txt").read_text()
+    begin = int(first * len(text))
+    rows = (int(last * len(text)) - begin) // ROW if count is None else count
+    return torch.tensor([vocabulary[c] for c in text[begin : begin + rows * ROW]]).view(rows, ROW)
+
+
+def after_warm_up(logits: Tensor) -> Tensor:
+    """Of logits (N, T, V), those that count: for `compress(output=)`."""
+    return logits[:, WARM_UP:]
+
+
+@torch.no_grad()
+def bits_per_character(model: nn.Module, rows: Tensor) -> float:
+    """Mean −log2 of what the model gave the characters that came."""
+    log_p = after_warm_up(model(rows[:, :-1])).log_softmax(-1)
+    losses = log_p.gather(2, rows[:, WARM_UP + 1 :, None])
+    return -losses.mean().item() / math.log(2)

@@ -226,9 +226,11 @@ class TensorBits:
 
 @dataclass(frozen=True, slots=True)
 class WeightSpec:
-    """A weight that will be coded as a matrix. `kind`: "conv2d", "linear", "embedding", or "matrix" (no module known).
+    """A weight that will be coded as a matrix. `kind`: "linear", "conv2d", ... (modules/kinds.py lists them all), or "matrix":
+    nothing is known of how it is used but its gradient.
 
-    `module` is the dotted module path ("" for the root, None when only a state dict was given)."""
+    `module` is the dotted path of the module that uses it ("" for the root, None when only a state dict was given);
+    `attribute` is what that module calls it, and `rescaled` says that its rows are rescaled before (weight and spectral norm)."""
 
     name: str
     module: str | None
@@ -236,6 +238,8 @@ class WeightSpec:
     shape: tuple[int, ...]
     dtype: str
     groups: int = 1
+    attribute: str = "weight"
+    rescaled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,13 +300,14 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class LayerStats:
-    """Calibration statistics of one weight (design: D ≈ tr(G ΔW A ΔWᵀ) over groups, already in units of `metric`).
+    """Calibration statistics of one weight: D ≈ Σ tr(output_moment[k] E input_moment[k] Eᵀ) over groups k, in units of `metric`.
 
+    For most layers columns meet inputs and rows give outputs. Where rows meet the inputs (transposed convolutions,
+    embeddings, HF's Conv1D) `input_moment` is still that of the columns, and holds gradients.
     `input_moment` float64 (g, n, n), mean over samples and positions of x xᵀ; (g, b, m, m) where only b diagonal blocks
     of side m = n / b are kept; or (g, n) where only the diagonal is.
-    `output_moment` float64 (g, o, o), *scaled* so that the predicted distortion of an error E of group k is
-    tr(output_moment[k] E input_moment[k] Eᵀ); or (g, o) diagonal.
-    `input_mean` float64 (g, n), the mean of x over samples and positions; None where inputs have no mean (embeddings).
+    `output_moment` float64 (g, o, o), *scaled* so that D is as above; or (g, o) diagonal.
+    `input_mean` float64 (g, n), the mean of x over samples and positions; None where columns do not meet the inputs.
     `samples`: how many samples the moments saw. `gradient_energy`: E‖∇W‖² per sample, with its relative standard error."""
 
     input_moment: FloatArray

@@ -10,11 +10,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from transquant.errors import InputError
+from transquant.modules.kinds import BATCHNORMS, KINDS, Place, groups_of, is_vector, is_weight, kind_of, place
 from transquant.records import AliasSpec, BatchNormSpec, Plan, RawSpec, Spec, VectorSpec, WeightSpec
 
-WEIGHT_KINDS: dict[type[nn.Module], str] = {nn.Conv2d: "conv2d", nn.Linear: "linear", nn.Embedding: "embedding"}
-BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, *BATCHNORMS)
 LOSSY_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 RAW_DTYPES = (
     *LOSSY_DTYPES, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool,
@@ -66,7 +64,7 @@ def plan_model(model: nn.Module) -> Plan:
             continue
         first_names[_identity(value)] = key
         total += value.numel() * value.element_size()
-        specs.append(_spec(key, attribute, owner, module, value))
+        specs.append(_spec(key, place(key, owners), value))
     return _plan(specs, sum(p.numel() for p in model.parameters()), total)
 
 
@@ -97,24 +95,28 @@ def dtype_name(tensor: Tensor) -> str:
 
 def _plan(specs: list[Spec], parameters: int, total: int) -> Plan:
     if not any(isinstance(s, WeightSpec) for s in specs):
-        kinds = ", ".join(t.__name__ for t in WEIGHT_KINDS)
+        kinds = ", ".join(t.__name__ for t in KINDS)
         raise InputError(f"the model has no weight to code: coded are weights of {kinds}")
     return Plan(tuple(specs), parameters, total)
 
 
-def _spec(key: str, attribute: str, owner: str, module: nn.Module | None, value: Tensor) -> Spec:
-    shape, dtype = tuple(value.shape), dtype_name(value)
-    name = type(module).__name__
-    kind = next((k for t, k in WEIGHT_KINDS.items() if isinstance(module, t)), None)
+def _spec(key: str, place: Place, value: Tensor) -> Spec:
+    shape, dtype, module, attribute = tuple(value.shape), dtype_name(value), place.module, place.attribute
+    kind = kind_of(module)
     if not isinstance(value, nn.Parameter):
         return RawSpec(key, shape, dtype, "a buffer")
     if value.dtype not in LOSSY_DTYPES or value.numel() == 0:
         return RawSpec(key, shape, dtype, "no values" if value.numel() == 0 else "not a real floating-point tensor")
-    if kind and attribute == "weight" and value.ndim >= 2:
-        return WeightSpec(key, owner, kind, shape, dtype, getattr(module, "groups", 1))
-    if (kind and attribute == "bias") or (isinstance(module, NORMS) and attribute in ("weight", "bias")):
+    if kind and is_weight(kind, attribute) and place.part == "length":
         return VectorSpec(key, shape, dtype)
-    return RawSpec(key, shape, dtype, f"no coder for {name}.{attribute}")
+    if kind and is_weight(kind, attribute) and value.ndim >= 2:
+        if place.part == "free":
+            return WeightSpec(key, place.path, "matrix", shape, dtype, 1, attribute)
+        groups = groups_of(module, attribute)
+        return WeightSpec(key, place.path, kind, shape, dtype, groups, attribute, place.part == "direction")
+    if place.part == "whole" and is_vector(module, attribute, value.ndim):
+        return VectorSpec(key, shape, dtype)
+    return RawSpec(key, shape, dtype, f"no coder for {type(module).__name__}.{attribute}")
 
 
 def _as_linear(spec: Spec, owner: str, module: nn.Module | None) -> Spec:

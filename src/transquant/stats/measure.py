@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from transquant.stats.collect import copy_model
+from transquant.stats.copies import HALF, wide_copy
 from transquant.stats.metric import distance
 from transquant.workers import Workers
 
@@ -20,15 +20,17 @@ class Reference:
 
     def __init__(self, model: nn.Module, batches: Sequence[Any], run: Run, pool: Workers, metric: str) -> None:
         self.batches, self.run, self.pool, self.metric = list(batches), run, pool, metric
-        self._models = [copy_model(model) for _ in range(min(pool.count, len(self.batches)))]
+        self._models = [wide_copy(model) for _ in range(min(pool.count, len(self.batches)))]
         self._state = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        self._half = {k: v.dtype for k, v in self._state.items() if v.dtype in HALF}
         self._outputs = self._all_outputs()
 
     def distortion(self, state: Mapping[str, Tensor]) -> float:
         """Mean distance of the outputs with these weights (keys that are left out keep the float model's), in units of
         the metric. Not finite outputs count as infinitely far."""
+        decoded = {k: v.to(self._half[k]) if k in self._half else v for k, v in state.items()}  # as they will be used
         for model in self._models:
-            model.load_state_dict({**self._state, **state}, strict=False)
+            model.load_state_dict({**self._state, **decoded}, strict=False)
         total, count = 0.0, 0
         for reference, output in zip(self._outputs, self._all_outputs(), strict=True):
             part, number = distance(reference, output, self.metric)

@@ -1,33 +1,29 @@
-"""Second moments of one layer for one micro-batch, as hooks on its module.
+"""Second moments of one weight for one micro-batch: of what meets its columns and of what meets its rows.
 
-    x ─ patches ─ (g, n, positions) ─ X Xᵀ     y ─ gradient ─ (g, o, positions) ─ Y Yᵀ
+    z = W x:   x ─ (g, n, positions) ─ X Xᵀ     gradient of z ─ (g, o, positions) ─ Y Yᵀ
 
-K-FAC's two factors (Martens & Grosse, arXiv 1503.05671; convolutions: Grosse & Martens, arXiv 1602.01407). Activations
-are dropped as soon as their moment is taken.
+K-FAC's two factors (Martens & Grosse, arXiv 1503.05671; convolutions: Grosse & Martens, arXiv 1602.01407). Where a weight
+is stored the other way round, z = Wᵀ x, inputs meet the rows and gradients the columns. Activations are dropped as soon as
+their moment is taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from transquant.errors import InputError
 from transquant.records import WeightSpec
 
-POSITIONS = 256  # of a sample that enter the input moment: neighbours tell little that is new
-
-Form = Literal["full", "blocks", "diagonal"]
+POSITIONS = 256  # of a sample that enter the moment of the columns: neighbours tell little that is new
+TOKENS = ("embedding", "embedding_bag")  # rows that never meet: their moment is diagonal
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How the moments of a layer are kept: side lengths, and the number of diagonal blocks of the input moment."""
+    """How the moments of a layer are kept: side lengths, and the number of diagonal blocks of the moment of the columns."""
 
     groups: int
     rows: int
@@ -43,88 +39,64 @@ class Shape:
         return 8 * self.groups * (inner + outer)
 
 
-class LayerMoments:
-    """Collects the moments of one weight, over all modules that share it, while a micro-batch runs forward and backward."""
+class Moments:
+    """Sums over one micro-batch, filled by a recorder. float64: `columns` (g, n, n), (g, b, m, m) or (g, n); `rows` (g, o, o)
+    or (g, o); `total` (g, n), the sum of the columns where they meet inputs; `positions` (g,), how many columns."""
 
-    def __init__(self, spec: WeightSpec, modules: Sequence[nn.Module], shape: Shape) -> None:
-        self.spec, self.modules, self.shape = spec, modules, shape
-        self.offset = 0
+    def __init__(self, spec: WeightSpec, shape: Shape) -> None:
+        self.spec, self.shape = spec, shape
         self.reset(0)
-
-    def attach(self) -> list[RemovableHandle]:
-        """Hook the modules; the caller removes the handles."""
-        return [module.register_forward_hook(self._forward) for module in self.modules]
 
     def reset(self, offset: int) -> None:
         """Forget everything; `offset` moves the grid of positions that are used."""
         self.offset = offset
-        self.input: Tensor | None = None
-        self.output: Tensor | None = None
+        self.columns: Tensor | None = None
+        self.rows: Tensor | None = None
         self.total: Tensor | None = None
-        self.positions = 0
+        self.positions = torch.zeros(self.shape.groups, dtype=torch.float64)
 
-    def _forward(self, module: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
-        if not args or not isinstance(result, Tensor) or not result.requires_grad or result.numel() == 0:
-            return
-        x = args[0].detach()
-        if self.spec.kind == "embedding":
-            counts = torch.bincount(x.reshape(-1), minlength=self.spec.shape[0]).double()
-            self.output = counts[None] if self.output is None else self.output + counts[None]
-            result.register_hook(self._embedding_gradient)  # type: ignore[no-untyped-call]
-            return
-        patches = _patches(module, x)  # (N, g, n, T)
-        stride = -(-patches.shape[3] // POSITIONS) | 1
-        if stride > 1:
-            patches = patches[..., self.offset % stride :: stride]
-        columns = patches.permute(1, 2, 0, 3).flatten(2).float()
-        moment = self._input_moment(columns)
-        if not bool(torch.isfinite(moment).all()):
-            raise InputError(f"layer {self.spec.module!r} has NaN or infinite inputs on a calibration batch")
-        self.input = moment if self.input is None else self.input + moment
-        total = columns.sum(2, dtype=torch.float64)
-        self.total = total if self.total is None else self.total + total
-        self.positions += columns.shape[2]
-        result.register_hook(self._gradient)  # type: ignore[no-untyped-call]
+    def thin(self, positions: int) -> slice:
+        """Which of so many positions of a sample are used."""
+        stride = -(-positions // POSITIONS) | 1
+        return slice(self.offset % stride if stride > 1 else 0, None, stride)
 
-    def _input_moment(self, columns: Tensor) -> Tensor:
+    def add_columns(self, x: Tensor, group: int | None = None, mean: bool = True) -> None:
+        """x (g, n, P), of one group (1, n, P); `mean`: they are inputs, and their mean counts."""
+        x = x.detach().float()
         if self.shape.blocks == 0:
-            return columns.square().sum(2, dtype=torch.float64)
-        if self.shape.blocks > 1:
-            columns = columns.reshape(len(columns), self.shape.blocks, -1, columns.shape[2])
-        return (columns @ columns.transpose(-1, -2)).double()
-
-    def _gradient(self, gradient: Tensor) -> None:
-        g = gradient.detach().float()
-        if self.spec.kind == "conv2d":
-            g = g[None] if g.ndim == 3 else g
-            g = g.flatten(2).view(len(g), self.shape.groups, self.shape.rows, -1).permute(1, 2, 0, 3).flatten(2)
+            moment = x.square().sum(2, dtype=torch.float64)
         else:
-            g = g.reshape(1, -1, g.shape[-1]).transpose(1, 2)
-        moment = (g @ g.transpose(1, 2)).double() if self.shape.full_output else g.square().sum(2, dtype=torch.float64)
-        self.output = moment if self.output is None else self.output + moment
+            parts = x.reshape(len(x), self.shape.blocks, -1, x.shape[2]) if self.shape.blocks > 1 else x
+            moment = (parts @ parts.transpose(-1, -2)).double()
+        self.columns = self._plus(self.columns, moment, group)
+        if mean:
+            self.total = self._plus(self.total, x.sum(2, dtype=torch.float64), group)
+        self.positions[slice(None) if group is None else group] += x.shape[2]
 
-    def _embedding_gradient(self, gradient: Tensor) -> None:
-        g = gradient.detach().float().reshape(-1, gradient.shape[-1])
-        moment = (g.T @ g).double()[None] if self.shape.blocks else g.square().sum(0, dtype=torch.float64)[None]
-        self.input = moment if self.input is None else self.input + moment
-        self.positions += len(g)
+    def add_rows(self, y: Tensor, group: int | None = None) -> None:
+        """y (g, o, P), of one group (1, o, P)."""
+        y = y.detach().float()
+        full = self.shape.full_output
+        self.rows = self._plus(
+            self.rows, (y @ y.transpose(1, 2)).double() if full else y.square().sum(2, dtype=torch.float64), group
+        )
 
+    def add_row_squares(self, squares: Tensor) -> None:
+        """float64 (g, o): rows that are never used together."""
+        self.rows = self._plus(self.rows, squares, None)
 
-def _patches(module: nn.Module, x: Tensor) -> Tensor:
-    """What each output position sees, (N, g, n, T)."""
-    if not isinstance(module, nn.Conv2d):
-        return x.reshape(len(x) if x.ndim > 1 else 1, -1, x.shape[-1]).transpose(1, 2)[:, None]
-    if x.ndim == 3:
-        x = x[None]
-    if module.padding_mode != "zeros" or isinstance(module.padding, str):
-        # PyTorch keeps the padding of each side in this order for exactly this call
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x = functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-        padding: tuple[int, ...] = (0, 0)
-    else:
-        padding = module.padding
-    unfolded = functional.unfold(x, module.kernel_size, module.dilation, padding, module.stride)
-    return unfolded.view(len(x), module.groups, -1, unfolded.shape[-1])
+    def check(self) -> None:
+        """Raises InputError where what was seen so far has NaN or infinite values."""
+        for moment in (self.columns, self.rows):
+            if moment is not None and not bool(torch.isfinite(moment).all()):
+                raise InputError(f"layer {self.spec.module!r} has NaN or infinite inputs on a calibration batch")
+
+    def _plus(self, total: Tensor | None, part: Tensor, group: int | None) -> Tensor:
+        if group is not None:
+            whole = part.new_zeros((self.shape.groups, *part.shape[1:]))
+            whole[group] = part[0]
+            part = whole
+        return part if total is None else total + part
 
 
 def moment_shapes(specs: list[WeightSpec], max_side: int, memory_limit: int) -> dict[str, Shape]:
@@ -145,10 +117,7 @@ def _shape(spec: WeightSpec, max_side: int) -> Shape:
     columns = 1
     for d in spec.shape[1:]:
         columns *= d
-    if spec.kind == "embedding":
-        return Shape(1, rows, columns, 1 if columns <= max_side else 0, False)
-    blocks = _blocks(columns, max_side)
-    return Shape(spec.groups, rows, columns, blocks, rows <= max_side)
+    return Shape(spec.groups, rows, columns, _blocks(columns, max_side), rows <= max_side and spec.kind not in TOKENS)
 
 
 def _blocks(columns: int, side: int) -> int:
