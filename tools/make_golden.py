@@ -1,8 +1,9 @@
-"""Writes the golden file of the current format version: tests/golden/version<N>.tq and the digests of what it decodes to.
+"""Writes the golden files of the format and the digests of what they decode to: tests/golden/*.tq, *.json.
 
     python tools/make_golden.py
 
-Once a version is released its files stay as they are for ever; this refuses to touch an existing one.
+`version1` is what 0.1 wrote, `version1_transforms` and `version1_fixed` what 0.2 added. Once released they stay as they
+are for ever: files that exist are left alone.
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ import torch
 from torch import nn
 
 import transquant as tq
-from transquant.container.file import VERSION
+from transquant import codec, modules
+from transquant.choices import Choice, LayerTransform, Method
+from transquant.encoder import Encoder, Source
+from transquant.stats import collect
+from transquant.workers import workers
 
 FOLDER = Path(__file__).resolve().parents[1] / "tests" / "golden"
 
@@ -45,17 +50,66 @@ class Everything(nn.Module):
         return self.reduced(x.to(torch.bfloat16)).float()
 
 
-def main() -> None:
-    path = FOLDER / f"version{VERSION}.tq"
-    if path.exists():
-        sys.exit(f"{path.name} exists, and golden files never change")
+class Transformed(nn.Module):
+    """A weight for every transform and axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dct = nn.Conv2d(3, 16, 5)
+        self.kernel = nn.Conv2d(16, 16, 3, groups=2)
+        self.channels = nn.Conv1d(16, 12, 3)
+        self.rows = nn.ConvTranspose1d(12, 10, 2)
+        self.joint = nn.Conv1d(10, 30, 2)
+        self.plain = nn.Linear(30, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.kernel(torch.relu(self.dct(x)))).flatten(2)
+        x = torch.relu(self.joint(torch.relu(self.rows(torch.relu(self.channels(x))))))
+        return self.plain(x.mean(2))
+
+
+TRANSFORMS = {
+    "dct.weight": LayerTransform("d", "k"), "kernel.weight": LayerTransform("k", "k", 3),
+    "channels.weight": LayerTransform("e", "c", 6), "rows.weight": LayerTransform("k", "r"),
+    "joint.weight": LayerTransform("k", "j"),
+}  # fmt: skip
+
+
+def everything() -> bytes:
+    """Every kind of entry that 0.1 knew."""
     torch.manual_seed(0)
     model = Everything().eval()
-    images = torch.randn(128, 3, 8, 8)
-    compressed = tq.compress(model, images, bits=5.0)
-    compressed.save(path)
-    digests = {k: [str(v.dtype), list(v.shape), hashlib.sha256(v.tobytes()).hexdigest()] for k, v in tq.reader.load(path).items()}
-    path.with_suffix(".json").write_text(json.dumps(digests, indent=1) + "\n")
+    return tq.compress(model, torch.randn(128, 3, 8, 8), bits=5.0).data
+
+
+def transformed(coding: str) -> bytes:
+    """Every transform over every axis, entropy-coded or in fixed-length codes."""
+    torch.manual_seed(0)
+    model, images = Transformed().eval(), torch.randn(64, 3, 12, 12)
+    _, state, plan = codec._open(model, None)
+    with workers() as pool:
+        stats = collect(model, list(images.split(32)), plan, lambda m, batch: m(batch), pool)
+        encoder = Encoder(plan, Source(*modules.gather(plan, state)), stats, pool, Method(coding=coding), TRANSFORMS)
+        return encoder.encode(encoder.draft(2.0**-13, Choice())).data
+
+
+FILES = {
+    "version1": everything,
+    "version1_transforms": lambda: transformed("entropy"),
+    "version1_fixed": lambda: transformed("fixed"),
+}
+
+
+def main() -> None:
+    for name, make in FILES.items():
+        path = FOLDER / f"{name}.tq"
+        if path.exists():
+            print(f"{path.name} exists, and golden files never change", file=sys.stderr)
+            continue
+        path.write_bytes(make())
+        arrays = tq.reader.load(path)
+        digests = {k: [str(v.dtype), list(v.shape), hashlib.sha256(v.tobytes()).hexdigest()] for k, v in arrays.items()}
+        path.with_suffix(".json").write_text(json.dumps(digests, indent=1) + "\n")
 
 
 if __name__ == "__main__":
