@@ -80,9 +80,9 @@ def pack_raw(arrays: Sequence[bytes]) -> bytes:
     return _deflate(b"".join(arrays))
 
 
-def unpack_raw(data: bytes, lengths: Sequence[int]) -> list[bytes]:
-    """The tensors' bytes of a raw section, `lengths` bytes each. Raises CorruptFile."""
-    body = _inflate(data, sum(lengths), "the raw section")
+def unpack_raw(data: bytes, lengths: Sequence[int]) -> list[memoryview]:
+    """The tensors' bytes of a raw section, `lengths` bytes each, not copied. Raises CorruptFile."""
+    body = memoryview(_inflate(data, sum(lengths), "the raw section"))
     pieces, start = [], 0
     for length in lengths:
         pieces.append(body[start : start + length])
