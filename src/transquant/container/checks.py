@@ -55,7 +55,7 @@ def string(value: Any, what: str, most: int = 512, empty: bool = False) -> str:
         size = len(value.encode("utf-8"))
     except UnicodeEncodeError:  # a lone surrogate, written as an escape
         raise CorruptFile(f"{what} is not valid UTF-8") from None
-    if size > most or (size == 0 and not empty) or any(ord(c) < 32 or ord(c) == 127 for c in value):
+    if size > most or (size == 0 and not empty) or any(c < " " or "\x7f" <= c <= "\x9f" for c in value):
         raise CorruptFile(f"{what} is {short(value)}, allowed are 1 to {most} bytes without control characters")
     return value
 
