@@ -86,7 +86,15 @@ def section_deflated(rng: Rng, base: Parts, others: Sequence[Parts]) -> Parts:
         body = zlib.decompress(base.sections[index], -15)
     except zlib.error:
         body = rng.bytes(100)
-    kinds = [deflate(body) + b"\0", deflate(body + b"\0"), deflate(body[:-1]), deflate(bytes(1 << 20)), deflate(rng.bytes(len(body))), body, b"\3\0"]
+    kinds = [
+        deflate(body) + b"\0",
+        deflate(body + b"\0"),
+        deflate(body[:-1]),
+        deflate(bytes(1 << 20)),
+        deflate(rng.bytes(len(body))),
+        body,
+        b"\3\0",
+    ]
     return base.with_section(index, kinds[_any(rng, kinds)])
 
 
@@ -118,9 +126,30 @@ def text_piece(rng: Rng, base: Parts, others: Sequence[Parts]) -> Parts:
 
 def text_number(rng: Rng, base: Parts, others: Sequence[Parts]) -> Parts:
     """A number written in a way that JSON does not allow, or allows and we do not."""
-    places = [k for k in range(1, len(base.header)) if base.header[k : k + 1].isdigit() and base.header[k - 1 : k] in (b"[", b",", b":")]
+    places = [
+        k for k in range(1, len(base.header)) if base.header[k : k + 1].isdigit() and base.header[k - 1 : k] in (b"[", b",", b":")
+    ]
     place = places[_any(rng, places)]
-    forms = [b"NaN", b"-Infinity", b"Infinity", b"0x1", b"01", b"1.0", b"1e2", b"-0", b"+1", b"1_0", b"1.", b".5", b"\xd9\xa1", b"9" * 5000, b"1E400", b"null", b"true", b'"1"']
+    forms = [
+        b"NaN",
+        b"-Infinity",
+        b"Infinity",
+        b"0x1",
+        b"01",
+        b"1.0",
+        b"1e2",
+        b"-0",
+        b"+1",
+        b"1_0",
+        b"1.",
+        b".5",
+        b"\xd9\xa1",
+        b"9" * 5000,
+        b"1E400",
+        b"null",
+        b"true",
+        b'"1"',
+    ]
     return replace(base, header=base.header[:place] + forms[_any(rng, forms)] + base.header[place + 1 :])
 
 
@@ -131,7 +160,10 @@ def text_duplicate_key(rng: Rng, base: Parts, others: Sequence[Parts]) -> Parts:
     place = places[_any(rng, places)] + 1
     key = text[place : text.index(":", place)]
     twin = key if rng.random() < 0.7 else f'"\\u{ord(key[1]):04x}{key[2:]}'
-    return replace(base, header=f"{text[:place]}{twin}:{['0', 'null', '[]', '[1,1]', chr(34) + 'c' + chr(34)][_any(rng, range(5))]},{text[place:]}".encode())
+    return replace(
+        base,
+        header=f"{text[:place]}{twin}:{['0', 'null', '[]', '[1,1]', chr(34) + 'c' + chr(34)][_any(rng, range(5))]},{text[place:]}".encode(),
+    )
 
 
 def text_nesting(rng: Rng, base: Parts, others: Sequence[Parts]) -> Parts:
@@ -159,7 +191,17 @@ def version_or_flags(rng: Rng, base: Parts, others: Sequence[Parts]) -> Parts:
     return replace(base, start=bytes(start))
 
 
-TEXT_MUTATORS = [text_bits, text_bits, text_piece, text_number, text_number, text_duplicate_key, text_nesting, text_frame, version_or_flags]
+TEXT_MUTATORS = [
+    text_bits,
+    text_bits,
+    text_piece,
+    text_number,
+    text_number,
+    text_duplicate_key,
+    text_nesting,
+    text_frame,
+    version_or_flags,
+]
 
 # ------------------------------------------------------------------------------------------- whole files, not repaired
 
@@ -179,5 +221,7 @@ def raw_damage(rng: Rng, data: bytes, other: bytes) -> tuple[str, bytes]:
     if kind == 4:
         return "raw halves", data[: rng.integers(len(data))] + other[rng.integers(len(other)) :]
     bad = bytearray(data)
-    struct.pack_into("<I", bad, int(rng.choice([6, 10, 14])), int(rng.choice([0, 1, 18, 1 << 24, (1 << 24) + 1, 1 << 31, (1 << 32) - 1])))
+    struct.pack_into(
+        "<I", bad, int(rng.choice([6, 10, 14])), int(rng.choice([0, 1, 18, 1 << 24, (1 << 24) + 1, 1 << 31, (1 << 32) - 1]))
+    )
     return "raw lengths", bytes(bad)

@@ -107,7 +107,21 @@ def _nudge(rng: Rng, value: dict[str, Any], others: Sequence[Parts]) -> None:
     path = pick(rng, [p for p in paths_of(value) if isinstance(parent(value, p)[p[-1]], int | float)])
     place, key = parent(value, path), path[-1]
     old = place[key]
-    place[key] = pick(rng, [old + 1, old - 1, old + int(rng.integers(-9, 10)), 2 * old, -old, float(old), str(old), bool(old), [old], old << 40 if isinstance(old, int) else old])
+    place[key] = pick(
+        rng,
+        [
+            old + 1,
+            old - 1,
+            old + int(rng.integers(-9, 10)),
+            2 * old,
+            -old,
+            float(old),
+            str(old),
+            bool(old),
+            [old],
+            old << 40 if isinstance(old, int) else old,
+        ],
+    )
 
 
 def _shape(rng: Rng, value: dict[str, Any], others: Sequence[Parts]) -> None:
@@ -120,7 +134,16 @@ def _reshape(rng: Rng, value: dict[str, Any], others: Sequence[Parts]) -> None:
     entry = pick(rng, [e for e in value["tensors"] if isinstance(e.get("s"), list)])
     count = int(np.prod(entry["s"], dtype=object)) if entry["s"] else 1
     factor = pick(rng, [d for d in range(1, 65) if count % d == 0])
-    entry["s"] = pick(rng, [[count], [factor, count // factor], [count // factor, 1, factor], [count // factor, factor, 1, 1], [1, count // factor, 1, factor]])
+    entry["s"] = pick(
+        rng,
+        [
+            [count],
+            [factor, count // factor],
+            [count // factor, 1, factor],
+            [count // factor, factor, 1, 1],
+            [1, count // factor, 1, factor],
+        ],
+    )
 
 
 def _list_items(rng: Rng, value: dict[str, Any], others: Sequence[Parts]) -> None:
@@ -154,7 +177,9 @@ def _key(rng: Rng, value: dict[str, Any], others: Sequence[Parts]) -> None:
 
 def _texts(rng: Rng, value: dict[str, Any], others: Sequence[Parts]) -> None:
     """A text (kind, dtype, name, alias target, ...) by any other text of any header: duplicates, loops, forward references."""
-    texts = sorted({v for header in [o.value for o in others] for p in paths_of(header) if isinstance(v := parent(header, p)[p[-1]], str)})
+    texts = sorted(
+        {v for header in [o.value for o in others] for p in paths_of(header) if isinstance(v := parent(header, p)[p[-1]], str)}
+    )
     path = pick(rng, [p for p in paths_of(value) if isinstance(parent(value, p)[p[-1]], str)])
     own = [e["n"] for e in value["tensors"] if isinstance(e.get("n"), str)]
     parent(value, path)[path[-1]] = pick(rng, texts if rng.random() < 0.5 else [*own, *(n + ".weight" for n in own)])
@@ -206,8 +231,24 @@ def _numbers_of_entries(rng: Rng, value: dict[str, Any], others: Sequence[Parts]
 
 def _metadata(rng: Rng, value: dict[str, Any], others: Sequence[Parts]) -> None:
     """Free text, which the report reads."""
-    texts = ["kl nan", "kl inf", "kl -1", "mse 1e999", " ", "kl", "x" * 5000, "\U0010ffff" * 20, "!" * 100, "~" * 100, "  " * 9, "1_0 1_0", "\u0661 \u0661"]
-    value["metadata"] = {pick(rng, ["distortion", "shares", "", "x" * 512, "é"]): pick(rng, texts) for _ in range(pick(rng, [1, 3, 64]))}
+    texts = [
+        "kl nan",
+        "kl inf",
+        "kl -1",
+        "mse 1e999",
+        " ",
+        "kl",
+        "x" * 5000,
+        "\U0010ffff" * 20,
+        "!" * 100,
+        "~" * 100,
+        "  " * 9,
+        "1_0 1_0",
+        "\u0661 \u0661",
+    ]
+    value["metadata"] = {
+        pick(rng, ["distortion", "shares", "", "x" * 512, "é"]): pick(rng, texts) for _ in range(pick(rng, [1, 3, 64]))
+    }
 
 
 HEADER_MUTATORS: list[Mutator] = [

@@ -4,6 +4,7 @@
 
 Prints counts by exception, the longest time and the memory taken; exits with 1 where a reader raised anything undocumented,
 the readers disagreed, or memory ran out under the limit. `--only NUMBER` repeats one file, and leaves it beside for a look.
+`--bombs` reads the bombs of tests/bombs.py too, the slow ones included, each in a process of its own (ten minutes).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
+from bombs import ALLOWED, LONGEST, REFUSED, explode  # noqa: E402
 from hostile_check import Violation, check  # noqa: E402
 from mutators import mutant  # noqa: E402
 from tqfile import split  # noqa: E402
@@ -98,12 +100,22 @@ def run(count: int, seed: int, first: int = 0, portable_every: int = 1) -> dict:
     }
 
 
+def run_bombs() -> dict:
+    """What became of every bomb with either reader, and how long it took; a violation says so."""
+    rows = {}
+    for reader in ("compiled", "numpy"):
+        with tempfile.TemporaryDirectory() as folder:
+            rows[reader] = explode(Path(folder), reader, [*REFUSED, *ALLOWED, *LONGEST])
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="the number of one file, which is written to hostile-NUMBER.tq")
     parser.add_argument("--numpy-every", type=int, default=1, help="give the numpy reader every so many files only")
+    parser.add_argument("--bombs", action="store_true", help="the bombs too")
     parser.add_argument("-o", "--output", type=Path, help="JSON with the figures")
     given = parser.parse_args()
     if given.only is not None:
@@ -112,10 +124,15 @@ def main() -> None:
         print(what)
         figures = run(1, given.seed, given.only)
     else:
+        bombs = run_bombs() if given.bombs else {}  # first: the other limits this process for good
         figures = run(given.count, given.seed, portable_every=given.numpy_every)
+        figures["bombs"] = bombs
+        figures["violations"] += [
+            f"{n}: {r['outcome']}" for b in bombs.values() for n, r in b.items() if "violation" in r["outcome"]
+        ]
     print(json.dumps(figures, indent=1))
     if given.output:
-        command = f"python tools/hostile.py --count {given.count} --seed {given.seed}"
+        command = f"python tools/hostile.py --count {given.count} --seed {given.seed}" + " --bombs" * given.bombs
         machine = {"processor": platform.machine(), "python": platform.python_version()}
         given.output.write_text(json.dumps({"command": command, "machine": machine, "figures": figures}, indent=1) + "\n")
     sys.exit(bool(figures["violations"]))

@@ -231,7 +231,9 @@ def _num_bytes(entry: RawEntry) -> int:
 def _raw_values(data: memoryview, entry: RawEntry) -> NDArray[np.generic]:
     array: NDArray[np.generic]
     if entry.dtype == "bfloat16":
-        array = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+        bits = np.frombuffer(data, "<u2").astype(np.uint32)
+        bits <<= 16
+        array = bits.view(np.float32)
     elif entry.dtype == "bool":
         array = np.frombuffer(data, np.uint8) != 0
     else:
