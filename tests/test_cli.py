@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -117,6 +118,46 @@ def test_inspect_tells_where_every_byte_went(cli):
         "linear.bias",
     ):
         assert word in out
+
+
+def test_verify(cli, tmp_path):
+    data = tq.compress(make_net(), None, step=0.1).data
+    (tmp_path / "net.tq").write_bytes(data)
+    code, out, err = cli("verify", "net.tq")
+    assert (code, err) == (0, "")
+    first, note = out.splitlines()
+    count = sum(v.numel() for v in make_net().parameters())
+    digest = hashlib.sha256(data).hexdigest()
+    tensors = len(make_net().state_dict())
+    assert (
+        first
+        == f"net.tq: OK, format version {data[4]}, {tensors} tensors, {count:,} parameters, {len(data):,} bytes, SHA-256 {digest}"
+    )
+    assert "not malice" in note
+    code, out, err = cli("verify", "net.tq", "net.tq", "--json")
+    found = json.loads(out)
+    assert [f["sha256"] for f in found["files"]] == [digest, digest]
+    assert found["files"][0]["parameters"] == count
+    assert cli("verify", "net.tq", "-q") == (0, "", "")
+    (tmp_path / "bad.tq").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    code, out, err = cli("verify", "net.tq", "bad.tq")
+    assert (code, out.splitlines()) == (4, [first])
+    assert err.startswith("error: bad.tq: the checksum of section")
+    assert cli("verify", "bad.tq", "--json")[:2] == (4, "")
+
+
+def test_verify_takes_limits_and_no_torch(cli, tmp_path):
+    from bombs import constant
+
+    (tmp_path / "wide.tq").write_bytes(constant(0, 1_500_000, 1024 * 4, 1024))  # 17 MiB asked for by 4 KB
+    code, _, err = cli("verify", "wide.tq", "--max-expansion", 100)
+    assert code == 4
+    assert "max_expansion" in err
+    code, _, err = cli("verify", "wide.tq")
+    assert code == 4
+    assert cli("verify", "wide.tq", "--max-expansion", 100_000)[0] == 0
+    code = "import sys\nfrom transquant.cli.verifying import verify_file\nverify_file(sys.argv[1], None, 10**6)\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "wide.tq")], check=True)
 
 
 def digits_folder(folder, count=5):
@@ -322,6 +363,13 @@ BAD = [
     (("decompress", "model.py", "-o", "x.safetensors"), 4, "not a transquant file"),
     (("decompress", "good.tq", "-o", "x.pt"), 2, ".safetensors"),
     (("decompress", "cut.tq", "-o", "x.safetensors"), 4, ""),
+    (("verify", "cut.tq"), 4, "cut.tq: "),
+    (("verify", "model.py"), 4, "model.py: this is not a transquant file"),
+    (("verify", "absent.tq"), 2, "absent.tq"),
+    (("verify", "empty"), 2, "empty"),
+    (("verify", "good.tq", "--max-decoded-bytes", 100), 4, "the limit is 100"),
+    (("verify", "good.tq", "--max-expansion", -1), 2, "--max-expansion"),
+    (("verify",), 2, "Missing argument"),
     (("evaluate", "good.tq"), 2, "--model"),
     (("evaluate", "good.tq", "--model", "model.py:without_weights", "--data", "wrong.npz"), 2, "do not fit the model"),
     (("sweep", "--model", "model.py:net", "-o", "curve.txt"), 2, ".csv"),
@@ -400,7 +448,7 @@ def test_help_is_quick_to_import():
     code = "import sys\nfrom transquant.cli import main\ntry:\n    main(['--help'])\nfinally:\n    assert 'torch' not in sys.modules and 'numba' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for verb in ("compress", "decompress", "inspect", "evaluate", "sweep", "demo", "Exit codes"):
+    for verb in ("compress", "decompress", "inspect", "verify", "evaluate", "sweep", "demo", "Exit codes"):
         assert verb in done.stdout
 
 

@@ -1,247 +1,201 @@
-"""Hostile files: the documented exceptions, in bounded time and memory, and nothing else."""
+"""Hostile files: the documented exceptions, in bounded time and memory, and nothing else. Bombs have a file of their own."""
 
 from __future__ import annotations
 
 import json
-import struct
 import subprocess
 import sys
-import time
-import tracemalloc
-import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import fuzz_target
+import hostile_check
 import transquant as tq
+from hostile_check import Violation, check
+from mutate_bytes import SECTION_MUTATORS, TEXT_MUTATORS
+from mutators import HEADER_MUTATORS, mutant
+from tqfile import made, repaired_frame, split
 from transquant import reader
-from transquant.errors import FileError, LimitExceeded
+from transquant.errors import CorruptFile, FileError, UnsupportedVersion
 
-COUNT = 1000
-
-
-@pytest.fixture(scope="module")
-def data():
-    import torch
-
-    from conftest import make_net
-
-    images = torch.randn(160, 3, 12, 12, generator=torch.Generator().manual_seed(1))
-    return tq.compress(make_net(), images, bits=4.0, effort=1, overrides={"linear.bias": "exact"}).data
+HERE = Path(__file__).parent
+GOLDEN = sorted((HERE / "golden").glob("*.tq"))
+golden_files = pytest.mark.parametrize("path", GOLDEN, ids=lambda p: p.name)
 
 
-def split(data):
-    """(header JSON, sections) of a good file."""
-    raw_length, length = struct.unpack("<II", data[6:14])
-    header = zlib.decompressobj(-15).decompress(data[18 : 18 + length])
-    assert len(header) == raw_length
-    sections, place = [], 18 + length
-    for row in json.loads(header)["sections"]:
-        sections.append(data[place : place + row[3]])
-        place += row[3]
-    return header, sections
+def test_a_thousand_hostile_files(tmp_path):
+    """Ten thousand: `python tools/hostile.py --count 10000`; the numpy reader gets every fifth here, being slow."""
+    output = tmp_path / "figures.json"
+    command = [
+        sys.executable,
+        str(HERE.parent / "tools" / "hostile.py"),
+        "--count",
+        "1000",
+        "--numpy-every",
+        "5",
+        "-o",
+        str(output),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads(output.read_text())["figures"]
+    assert figures["violations"] == []
+    assert sum(figures["outcomes"].values()) == 1000
+    assert set(figures["outcomes"]) == {"decoded", "CorruptFile", "UnsupportedVersion", "LimitExceeded"}
+    assert 20 < figures["outcomes"]["decoded"] < 300  # the parser and the decoder are reached, and most damage is found
+    assert figures["longest, compiled reader and report, s"] < 10
+    assert figures["memory above the start, MB"] < 200
 
 
-def join(header, sections):
-    """A file whose checksums and lengths are right, whatever its header says."""
-    squeeze = zlib.compressobj(9, wbits=-15)
-    packed = squeeze.compress(header) + squeeze.flush()
-    lengths = struct.pack("<II", len(header), len(packed))
-    crc = zlib.crc32(packed, zlib.crc32(b"\x01\x00" + lengths))
-    return b"\x93TQ\n\x01\x00" + lengths + struct.pack("<I", crc) + packed + b"".join(sections)
+def test_the_check_finds_what_it_looks_for(tmp_path, monkeypatch):
+    good = GOLDEN[0].read_bytes()
+    assert check(good, tmp_path / "a.tq").error == "decoded"
+
+    def broken(value):
+        def load(*arguments, **options):
+            if isinstance(value, Exception):
+                raise value
+            return value
+
+        return load
+
+    arrays = reader.loads(good)
+    other = {**arrays, "exact": arrays["exact"] + 1}
+    for value in (KeyError("a"), MemoryError(), CorruptFile("a\nb"), CorruptFile("x" * 500), CorruptFile("no"), other, {}):
+        with monkeypatch.context() as patch:
+            patch.setattr(hostile_check.reader, "load", broken(value))
+            with pytest.raises(Violation):
+                check(good, tmp_path / "a.tq")
 
 
-def repaired(header, sections):
-    """Join with the section table's lengths and checksums made right."""
-    value = json.loads(header)
-    for row, section in zip(value["sections"], sections, strict=False):
-        row[3], row[4] = len(section), zlib.crc32(section)
-    return join(json.dumps(value).encode(), sections)
-
-
-def numbers_of(value, path=()):
-    """Paths of all numbers and texts in a JSON value."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from numbers_of(item, (*path, key))
-    elif isinstance(value, list):
-        for place, item in enumerate(value):
-            yield from numbers_of(item, (*path, place))
-    else:
-        yield path
-
-
-def changed(header, rng):
-    """The header with one value replaced by something unpleasant."""
-    value = json.loads(header)
-    paths = list(numbers_of(value))
-    path = paths[rng.integers(len(paths))]
-    nasty = [
-        0, -1, 1, 2, 7, 255, 4096, 1 << 20, (1 << 31) - 1, 1 << 31, 1 << 62, 1 << 200, -(1 << 63), 0.5, 1e308, True, None, "", "x", "float16",
-        "int8", "complex64", "r", "s", "c", "../../etc/passwd", "\x00", "é" * 600, [], [3], {}, {"k": "c"},
-    ]  # fmt: skip
-    place = value
-    for key in path[:-1]:
-        place = place[key]
-    old = place[path[-1]]
-    new = nasty[rng.integers(len(nasty))]
-    if isinstance(old, int) and rng.random() < 0.4:
-        new = old + int(rng.integers(-3, 4))
-    place[path[-1]] = new
-    return json.dumps(value).encode()
-
-
-def mutants(data):
-    """COUNT files: bits flipped, cut, spliced, values of the header replaced, checksums repaired or not."""
-    rng = np.random.default_rng(20)
-    header, sections = split(data)
-    for number in range(COUNT):
-        kind = number % 8
-        if kind == 0:  # flipped bytes anywhere
-            bad = bytearray(data)
-            for place in rng.integers(0, len(bad), rng.integers(1, 5)):
-                bad[place] ^= 1 << rng.integers(8)
-            yield bytes(bad)
-        elif kind == 1:  # cut, or longer
-            yield data[: rng.integers(0, len(data))] if rng.random() < 0.8 else data + rng.bytes(rng.integers(1, 100))
-        elif kind == 2:  # one part of the file over another
-            bad = bytearray(data)
-            a, b, n = rng.integers(0, len(bad)), rng.integers(0, len(bad)), rng.integers(1, 200)
-            bad[a : a + n] = bad[b : b + n]
-            yield bytes(bad)
-        elif kind in (3, 4):  # a section whose checksum is right and whose content is not
-            new = [bytearray(s) for s in sections]
-            target = new[rng.integers(len(new))]
-            for place in rng.integers(0, len(target), rng.integers(1, 6)):
-                target[place] = rng.integers(256)
-            if rng.random() < 0.3:
-                del target[rng.integers(len(target)) :]
-            yield repaired(header, [bytes(s) for s in new])
-        else:  # a header whose checksum is right and whose content is not
-            bad = header
-            for _ in range(rng.integers(1, 4)):
-                bad = changed(bad, rng)
-            yield join(bad, sections)
-
-
-def test_mutated_truncated_and_spliced_files(data):
-    """A FileError, or (where the mutation happens to be harmless) arrays; quickly, in little memory."""
-    refused = 0
-    tracemalloc.start()
-    try:
-        for bad in mutants(data):
-            tracemalloc.reset_peak()
-            start = time.perf_counter()
-            refused += refuses(_compiled, bad)
-            assert time.perf_counter() - start < 5
-            assert tracemalloc.get_traced_memory()[1] < 64 << 20
-    finally:
-        tracemalloc.stop()
-    assert refused > 0.8 * COUNT
-
-
-def test_numpy_reader_on_mutated_files(data):
-    """Every fifth of them, since it is slow on files of many planes."""
-    for number, bad in enumerate(mutants(data)):
-        if number % 5 == 0:
-            start = time.perf_counter()
-            refuses(reader.loads, bad)
-            assert time.perf_counter() - start < 30
-
-
-def refuses(read, bad):
-    try:
-        read(bad)
-    except FileError as error:
-        assert "\n" not in str(error)
-        assert len(str(error)) < 400
-        return True
-    return False
-
-
-def _compiled(data):
-    from transquant import bitstream
-    from transquant.container import read_container
-    from transquant.entropy.lanes import decode_planes
-
-    container = read_container(data, None)
-    return bitstream.values(container, bitstream.decode(container, lambda d, s, n: decode_planes(d, s, n)[0]))
-
-
-def test_both_backends_agree_on_bad_files(data):
-    for number, bad in enumerate(mutants(data)):
-        if number % 8 not in (3, 4) or number % 3:
-            continue
-        results = []
-        for read in (_compiled, reader.loads):
+@golden_files
+def test_every_mutator_changes_every_golden_file(path):
+    """So that new kinds of files are mutated as old ones are; what is repaired gets past the checksums."""
+    good = path.read_bytes()
+    parts = split(good)
+    assert tq.reader.loads(parts.join()).keys() == tq.reader.loads(repaired_frame(good)).keys()
+    for change in {*HEADER_MUTATORS, *SECTION_MUTATORS, *TEXT_MUTATORS}:
+        made_of_it = set()
+        for seed in range(12):
             try:
-                results.append({k: v.tobytes() for k, v in read(bad).items()})
-            except FileError as error:
-                results.append(type(error))
-        assert results[0] == results[1]
+                bad = change(np.random.default_rng(seed), parts, [parts])
+            except (IndexError, KeyError, TypeError, ValueError, AttributeError):
+                continue
+            made_of_it.add(bad.join())
+        assert made_of_it - {parts.join()}, change.__name__
 
 
-def bomb(data, **entry):
-    header, sections = split(data)
-    value = json.loads(header)
-    value["tensors"][0].update(entry)
-    for key in set("xy") - set(entry):  # transforms bound their bands before anything else
-        value["tensors"][0].pop(key, None)
-    return join(json.dumps(value).encode(), sections)
+@golden_files
+def test_damage_anywhere_is_found_by_a_checksum(path):
+    """Every byte after the magic and version is covered."""
+    good = path.read_bytes()
+    for place in range(len(good)):
+        bad = bytearray(good)
+        bad[place] ^= 0x10
+        with pytest.raises(FileError):
+            reader.loads(bytes(bad))
 
 
-def test_declared_sizes_are_checked_before_memory_is_taken(data):
-    tracemalloc.start()
-    try:
-        for shape in ([1 << 20, 1 << 20], [(1 << 31) - 1] * 8, [1 << 14, 3, 64, 64]):
-            with pytest.raises(LimitExceeded, match=r"Limits\("):
-                reader.loads(bomb(data, s=shape))
-        assert tracemalloc.get_traced_memory()[1] < 8 << 20
-    finally:
-        tracemalloc.stop()
+def test_mutants_repeat():
+    parts = [split(p.read_bytes()) for p in GOLDEN]
+    assert [mutant(parts, 3, k) for k in range(40)] == [mutant(parts, 3, k) for k in range(40)]
 
 
-def test_inflation_stops_at_the_declared_length(data):
-    header, sections = split(data)
-    zeros = b" " * (15 << 20)
-    squeeze = zlib.compressobj(9, wbits=-15)
-    packed = squeeze.compress(header + zeros) + squeeze.flush()
-    lengths = struct.pack("<II", len(header), len(packed))  # says less than it inflates to
-    crc = zlib.crc32(packed, zlib.crc32(b"\x01\x00" + lengths))
-    with pytest.raises(FileError):
-        reader.loads(b"\x93TQ\n\x01\x00" + lengths + struct.pack("<I", crc) + packed + b"".join(sections))
+@pytest.mark.parametrize("name", [name for name, _ in fuzz_target.seeds()])
+def test_seeds_of_the_fuzzer(name):
+    """The golden files, and what fuzzing has found."""
+    fuzz_target.consume(dict(fuzz_target.seeds())[name])
+
+
+def test_a_short_fuzz(tmp_path):
+    pytest.importorskip("atheris", reason='fuzzing needs atheris: pip install -c constraints.txt -e ".[fuzz]"')
+    tool = str(HERE.parent / "tools" / "fuzz.py")
+    done = subprocess.run([sys.executable, tool, "--seconds", "15", "--runs", "4000"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "number_of_executed_units" in done.stderr
+
+
+def test_the_fuzzer_says_what_is_missing():
+    code = (
+        "import sys; sys.modules['atheris'] = None; sys.argv = ['fuzz.py']; import runpy; runpy.run_path(%r, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code % str(HERE.parent / "tools" / "fuzz.py")], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip() == 'fuzzing needs atheris: pip install -c constraints.txt -e ".[fuzz]"'
+
+
+# ------------------------------------------------------------------------------------------- found before
+
+
+def base() -> dict:
+    return split(fuzz_target.tiny()).value
+
+
+def with_header(change) -> bytes:
+    parts = split(fuzz_target.tiny())
+    value = parts.value
+    change(value)
+    return parts.with_value(value).join()
+
+
+def test_an_alias_of_an_alias_is_another_name(tmp_path):
+    arrays = reader.loads(fuzz_target.tiny())
+    assert arrays["c"].tobytes() == arrays["a"].tobytes() == arrays["w"].tobytes()
+    check(fuzz_target.tiny(), tmp_path / "a.tq")
+
+
+@pytest.mark.parametrize("eps", [10**400, -(10**400), float("1e308"), 1, True, None, -1e-9])
+def test_eps_of_any_size(eps):
+    with pytest.raises(CorruptFile, match="eps"):
+        reader.loads(with_header(lambda h: h["tensors"][2].update(e=eps)))
+
+
+@pytest.mark.parametrize("target", ["absent", "n" * 512])
+def test_long_names_do_not_make_long_messages(target):
+    with pytest.raises(CorruptFile) as caught:
+        reader.loads(with_header(lambda h: h["tensors"].append({"k": "a", "n": "m" * 512, "o": target})))
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("name", ["a\x00", "a\x1b[2J", "\x7f", "\x85", "\x9b2J"])
+def test_names_cannot_steer_a_terminal(name):
+    with pytest.raises(CorruptFile, match="control characters"):
+        reader.loads(with_header(lambda h: h["tensors"][0].update(n=name)))
+    with pytest.raises(CorruptFile, match="control characters"):
+        reader.loads(with_header(lambda h: h.update(metadata={"distortion": name})))
+
+
+@pytest.mark.parametrize("text", ["kl nan", "kl inf", "kl -inf", "kl 1e999"])
+def test_a_report_has_no_number_that_json_has_not(text, tmp_path):
+    (tmp_path / "a.tq").write_bytes(with_header(lambda h: h.update(metadata={"distortion": text})))
+    report = tq.load(tmp_path / "a.tq").report
+    assert report.predicted_distortion is None
+    json.dumps(report.as_dict(), allow_nan=False)
+
+
+def test_newer_files_say_so():
+    newer = bytearray(fuzz_target.tiny())
+    newer[4] = 99
+    changes = [
+        lambda h: h.update(features=["trellis"]),
+        lambda h: h.update(new=1),
+        lambda h: h["sections"][0].__setitem__(0, "new"),
+    ]
+    changes += [lambda h, k=key: h["tensors"][0].update({k: "new"}) for key in "zxk"]
+    for bad in [bytes(newer), *map(with_header, changes)]:
+        with pytest.raises(UnsupportedVersion, match="newer version"):
+            reader.loads(bad)
 
 
 @pytest.mark.parametrize(
     "text",
-    [
-        b"",
-        b"{",
-        b"[]",
-        b"null",
-        b'{"step": NaN}',
-        b"[" * 2000,
-        b'{"step":[2048,0],"step":[2048,0]}',
-        b'{"step":' + b"9" * 5000 + b"}",
-        b"\xff\xfe{}",
-    ],
-)
+    [b"", b"{", b"[]", b"null", b'{"step": NaN}', b"[" * 2000, b'{"step":[2048,0],"step":[2048,0]}', b'{"step":' + b"9" * 5000 + b"}", b"\xff\xfe{}"],
+)  # fmt: skip
 def test_headers_that_are_no_headers(text):
     with pytest.raises(FileError):
-        reader.loads(join(text, []))
-
-
-def test_newer_files_say_so(data):
-    header, sections = split(data)
-    newer = bytearray(data)
-    newer[4] = 2
-    value = json.loads(header)
-    cases = [bytes(newer), join(json.dumps({**value, "features": ["trellis"]}).encode(), sections)]
-    for key, new in (("z", "t8"), ("x", "klt"), ("k", "n")):
-        cases.append(bomb(data, **{key: new}))
-    for bad in cases:
-        with pytest.raises(tq.errors.UnsupportedVersion, match="newer version"):
-            reader.loads(bad)
+        reader.loads(made(text))
 
 
 KILLED = """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,7 +12,6 @@ from transquant import grid
 from transquant.bitstream import EncodedFile, split_bits
 from transquant.container import header_bytes
 from transquant.container.dtypes import DTYPES
-from transquant.encoder import Draft
 from transquant.metadata import read_distortions
 from transquant.records import (
     BatchNormEntry,
@@ -27,6 +26,9 @@ from transquant.records import (
     is_packed,
 )
 from transquant.report import LayerReport, Report
+
+if TYPE_CHECKING:  # torch comes with it
+    from transquant.encoder import Draft
 
 KIND_NAMES = {"i": "identity", "d": "dct", "k": "klt", "e": "elt"}
 AXIS_NAMES = {"r": "rows", "c": "channels", "k": "kernel", "j": "joint"}  # of the tensor as it is stored
@@ -68,6 +70,11 @@ def file_report(container: Container, data: bytes, plane_bits: Sequence[float], 
     rows = tuple(_rows(container.entries, bits, container.step, shares))
     raw = tuple((e.name, "exact") for e in container.entries if isinstance(e, RawEntry))
     return _report(rows, data, raw_bytes, original, parameters, metric, predicted, None, raw, {})
+
+
+def parameters_of(container: Container) -> int:
+    """Parameters of a file, as the report counts them."""
+    return sum(_original(entry)[0] for entry in container.entries)
 
 
 def _report(

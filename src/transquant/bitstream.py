@@ -151,8 +151,8 @@ def tensor_values(tensor: CodedTensor, step: tuple[int, int]) -> NDArray[np.floa
 def to_dtype(array: NDArray[np.float32], dtype: str) -> NDArray[np.generic]:
     """float32 rounded to `dtype`; bfloat16 comes back as float32."""
     if dtype == "bfloat16":
-        bits = array.view(np.uint32).astype(np.uint64)
-        cast: NDArray[np.generic] = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+        bits = array.view(np.uint32)  # of finite values: the sum fits
+        cast: NDArray[np.generic] = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).view(np.float32)
     else:
         with np.errstate(over="ignore"):
             cast = array.astype(DTYPES[dtype].numpy)
@@ -246,10 +246,12 @@ def _num_bytes(entry: RawEntry) -> int:
     return count
 
 
-def _raw_values(data: bytes, entry: RawEntry) -> NDArray[np.generic]:
+def _raw_values(data: memoryview, entry: RawEntry) -> NDArray[np.generic]:
     array: NDArray[np.generic]
     if entry.dtype == "bfloat16":
-        array = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+        bits = np.frombuffer(data, "<u2").astype(np.uint32)
+        bits <<= 16
+        array = bits.view(np.float32)
     elif entry.dtype == "bool":
         array = np.frombuffer(data, np.uint8) != 0
     else:

@@ -185,7 +185,7 @@ def _tensors(arrays: Mapping[str, np.ndarray], container: Container) -> dict[str
         if key in aliases:
             tensors[key] = tensors[aliases[key]]
         else:
-            tensor = torch.from_numpy(np.array(array, order="C"))
+            tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))  # a copy only where it takes one
             tensors[key] = tensor.reshape(array.shape).to(getattr(torch, dtypes[key]))
     return tensors
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from math import log2
+from math import isfinite, log2
 
 _FIRST, _LAST = ord("!"), ord("~")
 
@@ -25,6 +25,8 @@ def read_distortions(metadata: Mapping[str, str], names: Sequence[str]) -> tuple
     word, _, number = metadata.get("distortion", "").partition(" ")
     with suppress(ValueError):
         metric, predicted = word or metric, float(number)
+    if predicted is not None and not isfinite(predicted):
+        predicted = None
     marks = metadata.get("shares", "")
     shares = {n: 2 ** (-(ord(m) - _FIRST) / 4) for n, m in zip(names, marks, strict=False)}
     total = sum(shares.values()) or 1.0  # rounded ones need not add up to one

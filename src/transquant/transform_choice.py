@@ -28,7 +28,14 @@ LARGE = 3e9  # multiply–adds of a feedback pass above which only the likeliest
 BASIS_BITS = (3, 4, 6)  # precisions of a basis that are tried in the closed loop
 LIKELY: tuple[Kind, ...] = ("d", "k")
 LEAST_BITS = 2.0  # an entry of a basis takes at least about as much
-ROWS_FIRST = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "embedding", "embedding_bag", "conv1d_hf")  # rows are the inputs
+ROWS_FIRST = (
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+    "embedding",
+    "embedding_bag",
+    "conv1d_hf",
+)  # rows are the inputs
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,6 +165,31 @@ def inspect(file: File, as_json: Json = False, quiet: Quiet = False, verbose: Ve
         typer.echo(f"{file}: {report}")
 
 
+def verify(
+    files: Annotated[list[Path], typer.Argument(help="Compressed files.")],
+    max_decoded_bytes: Annotated[
+        int | None, typer.Option(min=0, help="Refuse files that ask for more memory; 4 GiB where it is not given.")
+    ] = None,
+    max_expansion: Annotated[
+        int | None, typer.Option(min=0, help="Refuse files above 16 MiB that ask for so many times their size; 4,096.")
+    ] = None,
+    as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Decode whole files, check every limit and checksum, and print their SHA-256; stops at the first bad one."""
+    set_logging(quiet, verbose)
+    from transquant.cli.verifying import NOTE, line, verify_file
+
+    results = []
+    for file in files:
+        results.append(verify_file(file, max_decoded_bytes, max_expansion))
+        if not as_json and not quiet:
+            typer.echo(line(results[-1]))
+    if as_json:
+        print_json({"files": results, "note": NOTE})
+    elif not quiet:
+        typer.echo(NOTE)
+
+
 def evaluate(
     file: File, model: Model = None, weights: Weights = None, data: TestData = None,
     resize: Resize = None, crop: Crop = None, mean: Mean = "0", std: Std = "1", scale: Scale = 255.0,
@@ -261,5 +286,6 @@ def _one_target(**targets: Any) -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "compress": compress, "decompress": decompress, "inspect": inspect, "evaluate": evaluate, "sweep": sweep, "demo": demo,
+    "compress": compress, "decompress": decompress, "inspect": inspect, "verify": verify, "evaluate": evaluate, "sweep": sweep,
+    "demo": demo,
 }  # fmt: skip

@@ -32,14 +32,14 @@ def parse_json(data: bytes) -> dict[str, Any]:
 def integer(value: Any, low: int, high: int, what: str) -> int:
     """`value` as an int within [low, high]; booleans and floats are refused."""
     if type(value) is not int or not low <= value <= high:
-        raise CorruptFile(f"{what} is {_short(value)}, allowed are integers {low} to {high}")
+        raise CorruptFile(f"{what} is {short(value)}, allowed are integers {low} to {high}")
     return value
 
 
 def items(value: Any, what: str, length: int | None = None, most: int | None = None) -> list[Any]:
     """`value` as a list, of a given or a largest length."""
     if not isinstance(value, list):
-        raise CorruptFile(f"{what} is {_short(value)}, expected a list")
+        raise CorruptFile(f"{what} is {short(value)}, expected a list")
     if length is not None and len(value) != length:
         raise CorruptFile(f"{what} has {len(value)} items, expected {length}")
     if most is not None and len(value) > most:
@@ -50,32 +50,32 @@ def items(value: Any, what: str, length: int | None = None, most: int | None = N
 def string(value: Any, what: str, most: int = 512, empty: bool = False) -> str:
     """`value` as text of at most `most` bytes of UTF-8 without control characters."""
     if not isinstance(value, str):
-        raise CorruptFile(f"{what} is {_short(value)}, expected text")
+        raise CorruptFile(f"{what} is {short(value)}, expected text")
     try:
         size = len(value.encode("utf-8"))
     except UnicodeEncodeError:  # a lone surrogate, written as an escape
         raise CorruptFile(f"{what} is not valid UTF-8") from None
-    if size > most or (size == 0 and not empty) or any(ord(c) < 32 or ord(c) == 127 for c in value):
-        raise CorruptFile(f"{what} is {_short(value)}, allowed are 1 to {most} bytes without control characters")
+    if size > most or (size == 0 and not empty) or any(c < " " or "\x7f" <= c <= "\x9f" for c in value):
+        raise CorruptFile(f"{what} is {short(value)}, allowed are 1 to {most} bytes without control characters")
     return value
 
 
 def known(value: Any, allowed: tuple[str, ...], what: str) -> str:
     """`value` as one of the names that this version knows; others need a newer version."""
     if not isinstance(value, str):
-        raise CorruptFile(f"{what} is {_short(value)}, expected text")
+        raise CorruptFile(f"{what} is {short(value)}, expected text")
     if value not in allowed:
-        raise UnsupportedVersion(f"{what} is {_short(value)}, which needs a newer version of transquant")
+        raise UnsupportedVersion(f"{what} is {short(value)}, which needs a newer version of transquant")
     return value
 
 
 def keys(value: Any, required: str, optional: str, what: str) -> dict[str, Any]:
     """`value` as an object with the required one-letter keys and no unknown ones."""
     if not isinstance(value, dict):
-        raise CorruptFile(f"{what} is {_short(value)}, expected an object")
+        raise CorruptFile(f"{what} is {short(value)}, expected an object")
     unknown = [k for k in value if k not in tuple(required + optional)]
     if unknown:
-        raise UnsupportedVersion(f"{what} has the key {_short(unknown[0])}, which needs a newer version of transquant")
+        raise UnsupportedVersion(f"{what} has the key {short(unknown[0])}, which needs a newer version of transquant")
     missing = [k for k in required if k not in value]
     if missing:
         raise CorruptFile(f"{what} lacks the key {missing[0]!r}")
@@ -117,7 +117,8 @@ def _depth(text: str) -> int:
     return deepest
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """`value` for a message: its repr, cut where it is long."""
     try:
         text = repr(value)
     except ValueError:  # an integer too long to print

@@ -15,6 +15,7 @@ from transquant.records import Container, Limits, Section
 MAGIC = b"\x93TQ\n"
 VERSION = 1
 MAX_HEADER = 16 << 20
+_HEADER_COST = 32  # bytes of memory that a byte of JSON takes at most, in small lists
 _FIXED = struct.Struct("<4sBBIII")  # magic, version, flags, raw length, header length, CRC-32
 
 
@@ -37,6 +38,11 @@ def read_container(data: bytes, limits: Limits | None = None) -> Container:
     limits = limits or Limits()
     start = header_bytes(data)
     _, _, _, raw_length, _, crc = _FIXED.unpack_from(data)
+    if _HEADER_COST * raw_length > max(limits.free_expansion_bytes, limits.max_expansion * len(data)):
+        raise LimitExceeded(
+            f"the file of {len(data)} bytes has a header of {raw_length}, which may take {_HEADER_COST} times as much memory; "
+            "raise Limits(max_expansion=...) if you trust the file"
+        )
     header = data[_FIXED.size : start]
     if zlib.crc32(data[4:14] + header) != crc:
         raise CorruptFile("the header's checksum does not match: the file is damaged")
@@ -74,9 +80,9 @@ def pack_raw(arrays: Sequence[bytes]) -> bytes:
     return _deflate(b"".join(arrays))
 
 
-def unpack_raw(data: bytes, lengths: Sequence[int]) -> list[bytes]:
-    """The tensors' bytes of a raw section, `lengths` bytes each. Raises CorruptFile."""
-    body = _inflate(data, sum(lengths), "the raw section")
+def unpack_raw(data: bytes, lengths: Sequence[int]) -> list[memoryview]:
+    """The tensors' bytes of a raw section, `lengths` bytes each, not copied. Raises CorruptFile."""
+    body = memoryview(_inflate(data, sum(lengths), "the raw section"))
     pieces, start = [], 0
     for length in lengths:
         pieces.append(body[start : start + length])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from math import isfinite, prod
+from math import prod
 from typing import Any, Literal, cast
 
-from transquant.container.checks import integer, items, keys, known, string
+from transquant.container.checks import integer, items, keys, known, short, string
 from transquant.container.dtypes import CODED_DTYPES, DTYPES
 from transquant.errors import CorruptFile, LimitExceeded, UnsupportedVersion
 from transquant.records import (
@@ -66,8 +66,8 @@ def entry_from_json(value: Any) -> Entry:
         channels = integer(items(value["s"], "a BatchNorm's shape", length=1)[0], 0, 2**31 - 1, "a dimension")
         first, second = (_qp(q) for q in items(value["q"], "a BatchNorm's step indices", length=2))
         eps = value["e"]
-        if type(eps) not in (int, float) or not isfinite(eps) or not 0 <= eps < 1:
-            raise CorruptFile(f"the eps of BatchNorm {name!r} is {eps!r}, allowed is 0 up to 1")
+        if type(eps) not in (int, float) or not 0 <= eps < 1:  # false for NaN too
+            raise CorruptFile(f"the eps of BatchNorm {short(name)} is {short(eps)}, allowed is 0 up to 1")
         tracked = value.get("b")
         if tracked is not None:
             integer(tracked, 0, 2**63 - 1, "a BatchNorm's counter")
@@ -128,7 +128,7 @@ def check_limits(entries: Iterable[Entry], file_bytes: int, limits: Limits) -> N
     total = 0
     for entry in entries:
         if isinstance(entry, AliasEntry):
-            size = sizes[entry.of]
+            size = sizes[entry.name] = sizes[entry.of]  # an alias may be aliased too
         elif isinstance(entry, BatchNormEntry):
             each = entry.channels * DTYPES[entry.dtype].size
             sizes |= dict.fromkeys(tensor_names(entry), each)
@@ -198,9 +198,9 @@ def _check_names(entries: tuple[Entry, ...]) -> None:
     for entry in entries:
         names = tensor_names(entry)
         if isinstance(entry, AliasEntry) and entry.of not in seen:
-            raise CorruptFile(f"{entry.name!r} is an alias of {entry.of!r}, which is no earlier tensor")
+            raise CorruptFile(f"{short(entry.name)} is an alias of {short(entry.of)}, which is no earlier tensor")
         if seen.intersection(names) or entry.name in labels:
-            raise CorruptFile(f"two tensors are named {names[0]!r}")
+            raise CorruptFile(f"two tensors are named {short(names[0])}")
         seen.update(names)
         labels.add(entry.name)
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from transquant.errors import InputError, LimitExceeded, OutputError
 from transquant.records import Limits
 
+_PIECE = 1 << 20  # bytes read at a time: a read takes the memory it is asked for, however short the file
+
 
 def read_file(path: str | PathLike[str], limits: Limits | None = None) -> bytes:
     """Bytes of a file. Raises InputError where it cannot be read, LimitExceeded where it is larger than may be decoded."""
@@ -17,12 +19,14 @@ def read_file(path: str | PathLike[str], limits: Limits | None = None) -> bytes:
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            data = file.read(limit + 1) if size <= limit else b""  # bounded: a device or a pipe has no size
+            data = bytearray()
+            while size <= limit and (piece := file.read(min(_PIECE, limit + 1 - len(data)))):
+                data += piece  # bounded: a device or a pipe has no size
             if size > limit or len(data) > limit:
                 raise LimitExceeded(
                     f"{path} has {max(size, len(data))} bytes, the limit is {limit}; raise Limits(max_decoded_bytes=...)"
                 )
-            return data
+            return bytes(data)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
 

@@ -93,7 +93,7 @@ def decode_planes(data: bytes, planes: Sequence[tuple[int, int, int, int, int]],
 def _plane(reader: _Reader, q: IntArray, width: int, taps: int, lanes: int, magnitude: Int64, gamma: Int64, start: int) -> int:
     rows, columns = q.shape
     signs = np.full((27, 2), 3, np.int64)
-    sign_class = np.zeros((columns + 1, min(lanes, rows)), np.int64)  # of this block, by column; the last row stays 0
+    sign_class = np.zeros((columns + 1, min(lanes, rows)), np.int8)  # of this block, by column; the last row stays 0
     col = np.zeros(columns, np.int64)
     shift_of_columns = tables.column_shift(lanes)
     for first in range(0, rows, lanes):

@@ -1,0 +1,46 @@
+"""`transquant verify`: every byte of a file decoded and checked, with the compiled decoder and without torch."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from transquant.errors import FileError
+from transquant.records import Limits
+
+NOTE = "Checksums find damage, not malice: compare the SHA-256 with one from a source you trust."
+
+
+def verify_file(path: Path, max_decoded_bytes: int | None, max_expansion: int | None) -> dict[str, Any]:
+    """What a good file holds: format version, tensors, parameters, bytes, SHA-256. Raises FileError, InputError."""
+    from transquant import bitstream
+    from transquant.accounting import parameters_of
+    from transquant.container import read_container, read_file
+    from transquant.entropy.lanes import decode_planes
+
+    given = {"max_decoded_bytes": max_decoded_bytes, "max_expansion": max_expansion}
+    limits = Limits(**{k: v for k, v in given.items() if v is not None})
+    data = read_file(path, limits)
+    try:
+        container = read_container(data, limits)
+        coded = bitstream.decode(container, lambda section, shapes, lanes: decode_planes(section, shapes, lanes)[0])
+        tensors = len(bitstream.values(container, coded))
+    except FileError as error:
+        raise type(error)(f"{path}: {error}") from None
+    return {
+        "file": str(path),
+        "format_version": data[4],  # FORMAT.md section 1
+        "tensors": tensors,
+        "parameters": parameters_of(container),
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+
+
+def line(result: dict[str, Any]) -> str:
+    """One line for a person."""
+    return (
+        f"{result['file']}: OK, format version {result['format_version']}, {result['tensors']:,} tensors, "
+        f"{result['parameters']:,} parameters, {result['bytes']:,} bytes, SHA-256 {result['sha256']}"
+    )
