@@ -40,7 +40,7 @@ from transquant.records import BatchNormSpec
 HERE = Path(__file__).resolve().parent
 FOLDER = HERE / ".peers"
 NNCODEC = "nncodec==2.1.3"
-QPS = tuple(range(-40, -3, 1))  # fine to coarse
+QPS = (*range(-40, -26, 2), *range(-26, -3))  # fine to coarse
 BITS = {
     "resnet20": (0.7, 0.85, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0),
     "squeezenet": (1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0),
