@@ -40,7 +40,10 @@ from transquant.records import BatchNormSpec
 HERE = Path(__file__).resolve().parent
 FOLDER = HERE / ".peers"
 NNCODEC = "nncodec==2.1.3"
-QPS = (*range(-40, -26, 2), *range(-26, -3))  # fine to coarse
+QPS = {
+    "resnet20": (-40, -36, -32, -30, *range(-28, -3)), "squeezenet": range(-44, -15), "mobilenet": range(-46, -24),
+    "charrnn": range(-40, -8),
+}  # fine to coarse, around the scores that are compared  # fmt: skip
 BITS = {
     "resnet20": (0.7, 0.85, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0),
     "squeezenet": (1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0),
@@ -127,14 +130,14 @@ def nncodec(task: Task, known: Callable[[str], bool]) -> Iterator[Row]:
                for k, v in values.items()}  # fmt: skip
     np.savez(folder / "weights.npz", **{k: v.reshape(shapes[k]).astype(np.float32) for k, v in weights.items()})
     for dependent in (True, False):
-        for qp in QPS:
+        for qp in QPS[task.name]:
             setting = f"qp {qp}, {'dependent' if dependent else 'scalar'}"
             if known(setting):
                 continue
             stem = folder / f"{qp}_{int(dependent)}"
             start = time.perf_counter()
             if not stem.with_suffix(".npz").exists():
-                _run_nncodec(folder, [(q, dependent) for q in QPS if q >= qp])
+                _run_nncodec(folder, [(q, dependent) for q in QPS[task.name] if q >= qp])
             seconds = time.perf_counter() - start
             decoded = dict(np.load(stem.with_suffix(".npz")))
             state = {k: torch.from_numpy(v).reshape(shapes[k]) for k, v in decoded.items()}
