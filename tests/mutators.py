@@ -7,7 +7,6 @@ as soon as there is a golden file that has them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from typing import Any
@@ -258,8 +257,3 @@ HEADER_MUTATORS: list[Mutator] = [
         _numbers_of_entries, _metadata,
     )
 ]  # fmt: skip
-
-
-def as_json(parts: Parts) -> str:
-    """For messages."""
-    return json.dumps(parts.value)[:2000]

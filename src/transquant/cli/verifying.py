@@ -27,7 +27,8 @@ def verify_file(path: Path, max_decoded_bytes: int | None, max_expansion: int | 
         coded = bitstream.decode(container, lambda section, shapes, lanes: decode_planes(section, shapes, lanes)[0])
         tensors = len(bitstream.values(container, coded))
     except FileError as error:
-        raise type(error)(f"{path}: {error}") from None
+        error.args = (f"{path}: {error}",)  # one of several files
+        raise
     return {
         "file": str(path),
         "format_version": data[4],  # FORMAT.md section 1
