@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import resource
 import sys
@@ -136,7 +137,8 @@ def main() -> None:
     print(json.dumps(figures, indent=1))
     if given.output:
         command = f"python tools/hostile.py --count {given.count} --seed {given.seed}" + " --bombs" * given.bombs
-        machine = {"processor": platform.machine(), "python": platform.python_version()}
+        machine = {"processor": platform.machine(), "python": platform.python_version(), "cores": os.cpu_count()}
+        machine["load"] = [round(x, 1) for x in os.getloadavg()]  # above the cores: times are long
         given.output.write_text(json.dumps({"command": command, "machine": machine, "figures": figures}, indent=1) + "\n")
     sys.exit(bool(figures["violations"]))
 
