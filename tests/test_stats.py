@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from transquant.modules import micro_batches, plan_model, run_batch
 from transquant.records import BatchNormSpec, VectorSpec, WeightSpec
 from transquant.stats import Reference, collect, weight_statistics
 from transquant.stats.moments import Shape, moment_shapes
+from transquant.stats.sums import both
 from transquant.workers import workers
 
 
@@ -232,6 +234,44 @@ def test_tied_weights_take_the_moments_of_all_their_users():
         both = torch.cat([first, second]).reshape(-1, 4).double()
         last = model.two(second).reshape(-1, 4).double()
     np.testing.assert_allclose(stats.layers["one.weight"].input_moment[0], both.T @ both / len(both), rtol=1e-5)
-    # an embedding that is the output layer too is seen as the output layer
-    np.testing.assert_allclose(stats.layers["embedding.weight"].input_moment[0], last.T @ last / len(last), rtol=1e-5)
-    assert stats.layers["embedding.weight"].output_moment.shape == (1, 9, 9)
+    # an embedding that is the output layer too has the moments of both uses, as layers of their own would have them
+    alone = Tied(nn.Linear(4, 4)).eval()
+    alone.head.weight = nn.Parameter(model.embedding.weight.detach().clone())
+    alone.load_state_dict(model.state_dict())
+    apart = statistics(alone, ids).layers
+    embedding, head, found = apart["embedding.weight"], apart["head.weight"], stats.layers["embedding.weight"]
+    assert found.output_moment.shape == (1, 9, 9)
+    for one, two, sum_of_both in (
+        (head.input_moment[0], embedding.input_moment[0], found.input_moment[0]),
+        (head.output_moment[0], np.diag(embedding.output_moment[0]), found.output_moment[0]),
+    ):
+        parts = np.stack([one.ravel() / np.trace(one), two.ravel() / np.trace(two)], 1)
+        shares, *_ = np.linalg.lstsq(parts, sum_of_both.ravel() / np.trace(sum_of_both))
+        assert shares.min() > 0.1
+        assert shares.sum() == pytest.approx(1, abs=1e-5)
+        np.testing.assert_allclose(parts @ shares * np.trace(sum_of_both), sum_of_both.ravel(), rtol=1e-4, atol=1e-8)
+    np.testing.assert_allclose(head.input_moment[0], last.T @ last / len(last), rtol=1e-5)
+
+
+def test_one_product_for_two_uses():
+    """The trace of both, and no less than the share of either: in every form that moments take."""
+    generator = np.random.default_rng(0)
+
+    def moment(*shape):
+        root = generator.standard_normal(shape)
+        return root @ np.swapaxes(root, -1, -2)
+
+    def full(m):
+        (m,) = m
+        return np.diag(m) if m.ndim == 1 else m if m.ndim == 2 else np.asarray(torch.block_diag(*torch.from_numpy(m)))
+
+    forms = (moment(1, 8, 8), moment(1, 2, 4, 4), generator.random((1, 8)))
+    for a, b in itertools.product(forms, forms):
+        g, h = moment(1, 5, 5), generator.random((1, 5))
+        columns, rows = both(a, g, b, h)
+        cost = np.trace(full(a)) * np.trace(full(g)) + np.trace(full(b)) * np.trace(full(h))
+        assert np.trace(full(columns)) * np.trace(full(rows)) == pytest.approx(cost)
+        share = np.trace(full(a)) * np.trace(full(g)) / cost
+        if a.ndim == b.ndim or min(a.ndim, b.ndim) == 2:
+            least = full(columns) / np.trace(full(columns)) - share * full(a) / np.trace(full(a))
+            assert np.linalg.eigvalsh(least).min() > -1e-12

@@ -225,12 +225,22 @@ class TensorBits:
 
 
 @dataclass(frozen=True, slots=True)
+class Use:
+    """Another place where a weight is used: by which module, as which of its attributes; `kind` as for weights."""
+
+    module: str
+    kind: str
+    attribute: str
+
+
+@dataclass(frozen=True, slots=True)
 class WeightSpec:
     """A weight that will be coded as a matrix. `kind`: "linear", "conv2d", ... (modules/kinds.py lists them all), or "matrix":
     nothing is known of how it is used but its gradient.
 
     `module` is the dotted path of the module that uses it ("" for the root, None when only a state dict was given);
-    `attribute` is what that module calls it, and `rescaled` says that its rows are rescaled before (weight and spectral norm)."""
+    `attribute` is what that module calls it, and `rescaled` says that its rows are rescaled before (weight and spectral norm).
+    `tied`: the other modules that use it."""
 
     name: str
     module: str | None
@@ -240,6 +250,7 @@ class WeightSpec:
     groups: int = 1
     attribute: str = "weight"
     rescaled: bool = False
+    tied: tuple[Use, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from transquant.errors import InputError
 from transquant.modules.kinds import BATCHNORMS, KINDS, Place, groups_of, is_vector, is_weight, kind_of, place
-from transquant.records import AliasSpec, BatchNormSpec, Plan, RawSpec, Spec, VectorSpec, WeightSpec
+from transquant.records import AliasSpec, BatchNormSpec, Plan, RawSpec, Spec, Use, VectorSpec, WeightSpec
 
 LOSSY_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 RAW_DTYPES = (
@@ -48,7 +48,7 @@ def plan_model(model: nn.Module) -> Plan:
             continue
         module = owners.get(owner)
         if (first := first_names.get(_identity(value))) is not None:
-            specs = [_as_linear(s, owner, module) if s.name == first else s for s in specs]
+            specs = [_tied(s, place(key, owners)) if s.name == first else s for s in specs]
             specs.append(AliasSpec(key, first))
             continue
         if module is not None and attribute == "weight" and _has_equivalent_set(module, users):
@@ -119,11 +119,19 @@ def _spec(key: str, place: Place, value: Tensor) -> Spec:
     return RawSpec(key, shape, dtype, f"no coder for {type(module).__name__}.{attribute}")
 
 
-def _as_linear(spec: Spec, owner: str, module: nn.Module | None) -> Spec:
-    """An embedding whose weights are a linear layer's too is seen as that layer: errors there reach every prediction."""
-    if isinstance(spec, WeightSpec) and spec.kind == "embedding" and isinstance(module, nn.Linear):
-        return replace(spec, module=owner, kind="linear")
-    return spec
+def _tied(spec: Spec, other: Place) -> Spec:
+    """The spec of a weight that is used in another place too.
+
+    An embedding whose weights are a linear layer's is coded as that layer: errors there reach every prediction."""
+    kind = kind_of(other.module)
+    if not isinstance(spec, WeightSpec) or not kind or not is_weight(kind, other.attribute) or other.part != "whole":
+        return spec
+    if groups_of(other.module, other.attribute) != spec.groups:
+        return spec
+    if spec.kind == "embedding" and kind == "linear":
+        first = Use(spec.module or "", spec.kind, spec.attribute)
+        return replace(spec, module=other.path, kind=kind, attribute=other.attribute, tied=(*spec.tied, first))
+    return replace(spec, tied=(*spec.tied, Use(other.path, kind, other.attribute)))
 
 
 def _has_equivalent_set(module: nn.Module, users: Mapping[object, set[int]]) -> bool:

@@ -7,6 +7,7 @@ of threads nor on how the user cut the batches. The model itself is never touche
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from transquant.errors import InputError
-from transquant.records import AliasSpec, BatchNormSpec, FloatArray, Plan, Statistics, VectorSpec, WeightSpec
+from transquant.records import BatchNormSpec, FloatArray, Plan, Statistics, Use, VectorSpec, WeightSpec
 from transquant.stats.copies import wide_copy
 from transquant.stats.metric import direction, resolve, unit
 from transquant.stats.moments import Moments, moment_shapes
 from transquant.stats.recorders import Handle, attach
-from transquant.stats.sums import Sums, layer_stats
+from transquant.stats.sums import Sums, layer_stats, tied_name
 from transquant.workers import Workers
 
 Run = Callable[[nn.Module, Any], Tensor]
@@ -78,7 +79,7 @@ class _Collector:
         specs = [s for s in plan.specs if isinstance(s, WeightSpec)]
         self.shapes = moment_shapes(specs, max_side, memory_limit)
         self.layers = [Moments(s, self.shapes[s.name]) for s in specs]
-        self.recorded = _recorded(self.layers, modules, [s for s in plan.specs if isinstance(s, AliasSpec)])
+        self.recorded, self.others = _recorded(self.layers, modules, max_side)
         self.vectors = [s for s in plan.specs if isinstance(s, VectorSpec)]
         self.batchnorms = [(s, modules[s.name]) for s in plan.specs if isinstance(s, BatchNormSpec)]
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -90,7 +91,7 @@ class _Collector:
             parameter.grad = None
         handles: list[Handle] = []
         try:
-            for layer in self.layers:
+            for layer in (*self.layers, *self.others):
                 layer.reset(index)
             for kind, module, sinks in self.recorded:
                 handles += attach(kind, module, sinks)
@@ -101,14 +102,15 @@ class _Collector:
                     raise InputError(
                         "the model's output has no gradient (is its forward under torch.no_grad?); use metric='weights'"
                     )
-                for layer in self.layers:
+                for layer in (*self.layers, *self.others):
                     layer.check()
                 direction(output, metric, generator).backward()  # type: ignore[no-untyped-call]
         finally:
             for handle in handles:
                 handle.remove()
         samples = len(output)
-        seen = {layer.spec.name: layer for layer in self.layers if layer.columns is not None and layer.rows is not None}
+        every = (*self.layers, *self.others)
+        seen = {layer.spec.name: layer for layer in every if layer.columns is not None and layer.rows is not None}
         return Sums(
             {name: layer.columns.cpu() for name, layer in seen.items() if layer.columns is not None},
             {name: layer.rows.cpu() for name, layer in seen.items() if layer.rows is not None},
@@ -168,18 +170,22 @@ class _Collector:
         return squares
 
 
-def _recorded(
-    layers: Sequence[Moments], modules: Mapping[str, nn.Module], aliases: Sequence[AliasSpec]
-) -> list[tuple[str, nn.Module, dict[str, Moments]]]:
-    """Kind, module, and the moments it fills by attribute: of each weight its own module, and those of its class that are
-    tied to it."""
+Recorded = list[tuple[str, nn.Module, dict[str, Moments]]]  # kind, module, and the moments it fills by attribute
+
+
+def _recorded(layers: Sequence[Moments], modules: Mapping[str, nn.Module], max_side: int) -> tuple[Recorded, list[Moments]]:
+    """What is recorded of each weight: by its own module, and by others that are tied to it. Those of its kind fill the same
+    moments, the others some of their own, which are returned too."""
     recorded: dict[tuple[str, int], tuple[str, nn.Module, dict[str, Moments]]] = {}
+    others: list[Moments] = []
     for layer in layers:
         spec = layer.spec
-        own = modules[spec.module or ""]
-        tied = [alias.name.rpartition(".")[::2] for alias in aliases if alias.of == spec.name]
-        for module, attribute in ((own, spec.attribute), *((modules[path], name) for path, name in tied)):
-            if type(module) is type(own):
-                entry = recorded.setdefault((spec.kind, id(module)), (spec.kind, module, {}))
-                entry[2].setdefault(attribute, layer)
-    return list(recorded.values())
+        by_kind = {spec.kind: layer}
+        for use in (Use(spec.module or "", spec.kind, spec.attribute), *spec.tied):
+            if use.kind not in by_kind:
+                other = replace(spec, name=tied_name(spec.name, use.kind), kind=use.kind, module=use.module, tied=())
+                by_kind[use.kind] = Moments(other, next(iter(moment_shapes([other], max_side, MEMORY_LIMIT).values())))
+                others.append(by_kind[use.kind])
+            entry = recorded.setdefault((use.kind, id(modules[use.module])), (use.kind, modules[use.module], {}))
+            entry[2].setdefault(use.attribute, by_kind[use.kind])
+    return list(recorded.values()), others

@@ -47,10 +47,10 @@ def layer_stats(spec: WeightSpec, total: Sums, shape: Shape) -> LayerStats:
     """Moments scaled so that an error that is white costs what the squared gradients say: tr A · tr G = E‖∇W‖²."""
     name = spec.name
     if name in total.columns:
-        positions = total.positions[name].clamp(min=1)
-        moment = total.columns[name]
-        input_moment = (moment / positions.reshape(-1, *(1,) * (moment.ndim - 1))).numpy()
-        output_moment = (total.rows[name] / total.samples).numpy()
+        input_moment, output_moment = _moments(name, total)
+        for other in dict.fromkeys(tied_name(name, use.kind) for use in spec.tied):
+            if other in total.columns:
+                input_moment, output_moment = both(input_moment, output_moment, *_moments(other, total))
     elif name in total.row_squares:
         input_moment, output_moment = total.column_squares[name].numpy(), total.row_squares[name].numpy()
     else:  # never reached
@@ -68,7 +68,47 @@ def layer_stats(spec: WeightSpec, total: Sums, shape: Shape) -> LayerStats:
     stats = LayerStats(input_moment, output_moment, total.samples, energy, error)
     if name not in total.totals:
         return stats
-    return replace(stats, input_mean=(total.totals[name] / positions[:, None]).numpy())
+    return replace(stats, input_mean=(total.totals[name] / total.positions[name].clamp(min=1)[:, None]).numpy())
+
+
+def tied_name(name: str, kind: str) -> str:
+    """Key of the moments of a weight's use in a layer of another kind than its own."""
+    return f"{name} as {kind}"
+
+
+def _moments(name: str, total: Sums) -> tuple[FloatArray, FloatArray]:
+    """Moments of the columns, a mean over positions, and of the rows, a sum over those of a sample."""
+    moment = total.columns[name]
+    positions = total.positions[name].clamp(min=1).reshape(-1, *(1,) * (moment.ndim - 1))
+    return (moment / positions).numpy(), (total.rows[name] / total.samples).numpy()
+
+
+def both(a: FloatArray, g: FloatArray, b: FloatArray, h: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """One Kronecker product for two uses, in the place of G ⊗ A + H ⊗ B: the mean of both factors, weighted with each use's
+    share of the cost. It has the same trace, and what is dear in either use is dear."""
+    first, second = float((_traces(a) * _traces(g)).sum()), float((_traces(b) * _traces(h)).sum())
+    if not (first > 0 and second > 0):
+        return (a, g) if first > 0 else (b, h)
+    columns = _added(a * (first / _traces(a).sum()), b * (second / _traces(b).sum()))
+    rows = _added(g * (first / _traces(g).sum()), h * (second / _traces(h).sum()))
+    return columns / (first + second), rows
+
+
+def _added(one: FloatArray, two: FloatArray) -> FloatArray:
+    """Sum of two moments, kept as the fuller of both; of blocks of unlike sizes only the diagonals."""
+    if one.shape == two.shape:
+        return one + two
+    full, other = (one, two) if one.ndim > two.ndim else (two, one)
+    if other.ndim > 2:
+        return _diagonal(full) + _diagonal(other)
+    extra = other.reshape(*full.shape[:-1])
+    added: FloatArray = full + extra[..., None] * np.eye(full.shape[-1])
+    return added
+
+
+def _diagonal(moment: FloatArray) -> FloatArray:
+    diagonal: FloatArray = np.einsum("...ii->...i", moment).reshape(len(moment), -1)
+    return diagonal
 
 
 def rescaled_rows(moment: FloatArray, squares: FloatArray) -> FloatArray:
