@@ -61,6 +61,7 @@ class Transformed(nn.Module):
         self.rows = nn.ConvTranspose1d(12, 10, 2)
         self.joint = nn.Conv1d(10, 30, 2)
         self.plain = nn.Linear(30, 7)
+        self.register_buffer("table", torch.arange(5))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.relu(self.kernel(torch.relu(self.dct(x)))).flatten(2)
