@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numba as nb
 import numpy as np
 
 from transquant.records import FloatArray, IntArray
@@ -33,21 +34,35 @@ class DepthTable:
 
 def depth_table(values: FloatArray, most: int = MOST_DEPTH) -> DepthTable:
     """The table of a group's values, float64 of any shape; all depths 0 to `most`."""
-    x = values.reshape(-1)
-    errors, quarters = [float(x @ x)], [0]
+    x = np.ascontiguousarray(values, np.float64).reshape(-1)
     largest = float(np.abs(x).max(initial=0.0))
-    for depth in range(1, most + 1):
-        if largest == 0:
-            errors.append(0.0)
-            quarters.append(0)
-            continue
-        # from the step that reaches the largest value on, downwards: finer steps clip more
-        top = int(np.ceil(4 * np.log2(largest / (1 if depth == 1 else 2 ** (depth - 1)))))
-        trials = [(float(np.sum((x - quantized(x, 2 ** ((top - k) / 4), depth)) ** 2)), top - k) for k in range(TRIES)]
-        error, quarter = min(trials)
-        errors.append(min(error, errors[-1]))
-        quarters.append(quarter)
-    return DepthTable(np.array(errors), np.array(quarters, np.int32), x.size)
+    errors, quarters = np.zeros(most + 1), np.zeros(most + 1, np.int32)
+    errors[0] = x @ x
+    if largest > 0:
+        for depth in range(1, most + 1):
+            # from the step that reaches the largest value on, downwards: finer steps clip more
+            top = int(np.ceil(4 * np.log2(largest / (1 if depth == 1 else 2 ** (depth - 1)))))
+            quarters[depth] = top - np.arange(TRIES)[(trials := _squared_errors(x, top, depth)).argmin()]
+            errors[depth] = min(trials.min(), errors[depth - 1])
+    return DepthTable(errors, quarters, x.size)
+
+
+@nb.njit(cache=True, nogil=True, fastmath={"reassoc", "nsz"})
+def _squared_errors(x: FloatArray, top: int, depth: int) -> FloatArray:
+    """Squared error of `quantized` at steps 2^(top/4), 2^((top − 1)/4), …: float64 (TRIES,)."""
+    errors = np.zeros(TRIES)
+    half = 2.0 ** (depth - 1)
+    for k in range(TRIES):
+        step = 2.0 ** ((top - k) / 4)
+        total = 0.0
+        for value in x:
+            if depth == 1:
+                error = abs(value) - step
+            else:
+                error = value - min(max(np.rint(value / step), -half), half - 1) * step
+            total += error * error
+        errors[k] = total
+    return errors
 
 
 def quantized(values: FloatArray, step: float, depth: int) -> FloatArray:
