@@ -1,14 +1,16 @@
-"""Bytes against score on four real networks, side by side with NNCodec (ISO/IEC 15938-17) and plain rounding.
+"""Bytes against score on four real networks, beside NNCodec (ISO/IEC 15938-17), Brevitas' GPTQ and plain rounding.
 
     python benchmarks/peers.py                                    # everything; resumes where it stopped
     python benchmarks/peers.py --networks resnet20 --methods ours --fresh    # again, these only
 
-Every method's decoded float32 weights are scored in the same way, in this process. NNCodec 2.1.3 runs in an environment of
-its own (made in benchmarks/.peers on first use; a C++ compiler is needed), qp swept, with and without dependent
-quantization, the better of both at every score; BatchNorm is given to it as scale and shift, two vectors instead of four.
+Every method's decoded float32 weights are scored in the same way, in this process. NNCodec 2.1.3 and Brevitas run in
+environments of their own (made in benchmarks/.peers on first use; NNCodec needs a C++ compiler). NNCodec: qp swept, with and
+without dependent quantization, the better of both at every score; BatchNorm is given to it as scale and shift, two vectors
+instead of four. Brevitas: GPTQ and bias correction, integer bits a weight; it writes no small file, its bytes are counted,
+and it has no GPTQ for recurrent layers, so not for the character network.
 ResNet-20: calibrated on 2,048 training images, scored on all test images. SqueezeNet and MobileNetV1: ours is calibrated on
 one half of the sample and scored on the other, both ways, the mean of both; methods without calibration are scored on
-all of it. Character network: calibrated on the first tenth of the text, scored on 64 rows from its middle.
+all of it, Brevitas one way only. Character network: calibrated on the first tenth of the text, scored on 64 rows from its middle.
 Writes peers.json, peers.csv, docs/peers.md's tables and docs/peers.png.
 """
 
@@ -39,7 +41,7 @@ from transquant.records import BatchNormSpec
 
 HERE = Path(__file__).resolve().parent
 FOLDER = HERE / ".peers"
-NNCODEC = "nncodec==2.1.3"
+NNCODEC, BREVITAS = "nncodec==2.1.3", "brevitas==0.13.4"
 QPS = {
     "resnet20": (-40, -36, -32, -30, *range(-28, -3)), "squeezenet": range(-44, -15), "mobilenet": range(-46, -24),
     "charrnn": range(-40, -8),
@@ -54,6 +56,7 @@ PLAIN = {
     "resnet20": (2.0, 2.5, 3.0, 3.5, 4.0), "squeezenet": (2.5, 3.0, 3.5, 4.0, 5.0, 6.0),
     "mobilenet": (5.0, 5.5, 6.0, 7.0, 8.0), "charrnn": (2.5, 3.0, 3.5, 4.0, 5.0, 6.0),
 }  # fmt: skip
+GPTQ = {"resnet20": (2, 3, 4, 5), "squeezenet": (3, 4, 5, 6), "mobilenet": (4, 5, 6, 8)}
 LARGEST_DROP = {"charrnn": 0.4}  # in bits a character; in points elsewhere, 13
 Row = dict[str, Any]
 
@@ -80,16 +83,17 @@ class Task:
         output = after_warm_up if self.name == "charrnn" else None
         return tq.compress(self.model, None if fold is None else self.calibration[fold], bits=bits, output=output).data
 
-    def score(self, networks: list[nn.Module]) -> dict[str, float]:
+    def score(self, networks: list[nn.Module], first_fold: bool = False) -> dict[str, float]:
         """Drop (points; bits a character) with its standard error, and KL in nats; one network a fold, or one for all."""
         if self.name == "charrnn":
             output = after_warm_up(logits(networks[0], self.rows[:, :-1], 64)).flatten(0, 1)
             log_p, log_q = self.reference.log_softmax(1), output.log_softmax(1)
             kl = (log_p.exp() * (log_p - log_q)).sum(1).mean().item()
             return {"drop": bits_per_character(networks[0], self.rows) - self.float, "standard_error": 0.0, "kl": kl}
+        folds = list(zip(self.references, self.images, self.labels, strict=True))
         parts = [
             score(networks[min(k, len(networks) - 1)], reference, images, labels)
-            for k, (reference, images, labels) in enumerate(zip(self.references, self.images, self.labels, strict=True))
+            for k, (reference, images, labels) in enumerate(folds[:1] if first_fold else folds)
         ]
         drop: Tensor = torch.cat([d for d, _ in parts])
         return {
@@ -155,16 +159,42 @@ def nncodec(task: Task, known: Callable[[str], bool]) -> Iterator[Row]:
 
 
 def _run_nncodec(folder: Path, settings: list[tuple[int, bool]]) -> None:
-    python = FOLDER / "nncodec" / "bin" / "python"
-    if not python.exists():
-        print("setting up NNCodec (some minutes)", file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", str(FOLDER / "nncodec")], check=True)
-        subprocess.run(
-            [str(python), "-m", "pip", "install", "-q", f"torch=={torch.__version__.partition('+')[0]}", NNCODEC], check=True
-        )
     tool = HERE / "peer_tools" / "nncodec_files.py"
-    command = [str(python), str(tool), str(folder / "weights.npz"), str(folder), json.dumps(settings)]
+    command = [_python("nncodec", NNCODEC), str(tool), str(folder / "weights.npz"), str(folder), json.dumps(settings)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
+def brevitas(task: Task, known: Callable[[str], bool]) -> Iterator[Row]:
+    """Brevitas' GPTQ, calibrated as ours is on the first fold."""
+    widths = [b for b in GPTQ.get(task.name, ()) if not known(f"{b} bits")]
+    folder = FOLDER / task.name
+    folder.mkdir(parents=True, exist_ok=True)
+    for bits in widths:
+        stem = folder / f"brevitas_{bits}"
+        start = time.perf_counter()
+        if not stem.with_suffix(".json").exists():
+            np.save(folder / "images.npy", task.calibration[0].numpy())
+            tool = HERE / "peer_tools" / "brevitas_gptq.py"
+            command = [_python("brevitas", BREVITAS, "pillow", "safetensors"), str(tool), task.name, str(folder / "images.npy")]
+            subprocess.run([*command, str(folder), json.dumps([bits])], check=True, stdout=subprocess.DEVNULL)
+        seconds = time.perf_counter() - start
+        twin = copy.deepcopy(task.model)
+        for key, value in np.load(stem.with_suffix(".npz")).items():
+            layer, _, attribute = key.rpartition(".")
+            setattr(twin.get_submodule(layer), attribute, nn.Parameter(torch.from_numpy(value)))
+        size = json.loads(stem.with_suffix(".json").read_text())["bytes"]
+        yield _row(f"{bits} bits", [size], task.score([twin], first_fold=True), seconds)
+
+
+def _python(name: str, *packages: str) -> str:
+    """The interpreter of a peer's own environment, made on first use."""
+    python = FOLDER / name / "bin" / "python"
+    if not python.exists():
+        print(f"setting up {name} (some minutes)", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", str(FOLDER / name)], check=True)
+        torch_version = f"torch=={torch.__version__.partition('+')[0]}"
+        subprocess.run([str(python), "-m", "pip", "install", "-q", torch_version, *packages], check=True)
+    return str(python)
 
 
 def _installed(task: Task, file: bytes) -> nn.Module:
@@ -178,7 +208,9 @@ def _row(setting: str, sizes: list[int], scores: dict[str, float], seconds: floa
     return {"setting": setting, "bytes": sum(sizes) / len(sizes), **scores, "seconds": seconds}
 
 
-METHODS: dict[str, Callable[[Task, Callable[[str], bool]], Iterator[Row]]] = {"nncodec": nncodec, "ours": ours, "plain": plain}
+METHODS: dict[str, Callable[[Task, Callable[[str], bool]], Iterator[Row]]] = {
+    "nncodec": nncodec, "ours": ours, "plain": plain, "brevitas": brevitas,
+}  # fmt: skip
 
 
 def main() -> None:
@@ -200,7 +232,7 @@ def main() -> None:
             for row in METHODS[method](task, done.__contains__):
                 rows.append({"network": name, "method": method, "parameters": task.parameters, **row})
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-                record = {"command": "python benchmarks/peers.py", "nncodec": NNCODEC, "machine": machine, "rows": rows}
+                record = {"command": "python benchmarks/peers.py", "peers": [NNCODEC, BREVITAS], "machine": machine, "rows": rows}
                 path.write_text(json.dumps(record, indent=1) + "\n")
     with (HERE / "peers.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))

@@ -13,7 +13,12 @@ TITLES = {**TITLES, "charrnn": "character LSTM"}
 DROPS = {"charrnn": (0.01, 0.03, 0.1, 0.3)}
 POINTS = (0.5, 1.0, 3.0, 10.0)
 KLS = (0.01, 0.03, 0.1, 0.3)
-LABELS = {"ours": "transquant", "nncodec": "NNCodec 2.1.3", "plain": "nearest rounding, our coder"}
+LABELS = {
+    "ours": "transquant",
+    "nncodec": "NNCodec 2.1.3",
+    "brevitas": "Brevitas GPTQ (counted)",
+    "plain": "nearest rounding, our coder",
+}
 Row = dict[str, Any]
 
 
@@ -68,7 +73,7 @@ def publish(rows: list[Row]) -> None:
     names = list(dict.fromkeys(r["network"] for r in rows))
     figure = Figure(figsize=(11, 8), dpi=110, layout="constrained")
     for axes, name in zip(figure.subplots(2, 2).flat, names, strict=False):
-        for method, color in zip(LABELS, ("tab:blue", "tab:red", "tab:gray"), strict=True):
+        for method, color in zip(LABELS, ("tab:blue", "tab:red", "tab:green", "tab:gray"), strict=True):
             own = [r for r in rows if (r["network"], r["method"]) == (name, method)]
             if own:
                 axes.plot([r["bytes"] / 1000 for r in own], [-r["drop"] for r in own], ".", color=color, alpha=0.4)
