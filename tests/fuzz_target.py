@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -12,10 +13,11 @@ from bombs import constant
 from hostile_check import Violation
 from tqfile import Parts, deflate, made, repaired_frame, split
 from transquant import bitstream
+from transquant.bitstream import plane_shapes
 from transquant.container import read_container
 from transquant.entropy import lanes, portable
 from transquant.errors import FileError
-from transquant.records import BatchNormEntry, CodedEntry, Limits
+from transquant.records import BatchNormEntry, CodedEntry, Limits, is_packed
 
 HERE = Path(__file__).resolve().parent
 LIMITS = Limits(max_decoded_bytes=1 << 20, max_expansion=1, free_expansion_bytes=1 << 16)  # enough for the seeds, and quick
@@ -24,24 +26,24 @@ QUICK = 200  # values up to which the numpy reader, at a tenth of a millisecond 
 
 
 def tiny() -> bytes:
-    """Every kind of entry of version 1 in a few values, which the numpy reader has soon."""
+    """Every kind of entry and transform in a few values, which the numpy reader has soon."""
     tensors = [
         {"n": "w", "s": [2, 2, 1, 2], "q": 3, "g": "rc", "d": [3, -3]}, {"n": "v", "s": [3], "q": 0, "t": "float16"},
         {"k": "b", "n": "b", "s": [2], "q": [1, 2], "e": 0.5, "b": 1}, {"n": "f", "s": [1, 4], "q": 0, "f": 2, "t": "bfloat16"},
+        {"n": "d", "s": [2, 2, 1, 2], "q": -3, "x": "d", "y": "k"}, {"n": "k", "s": [2, 3], "q": 1, "x": "k", "y": "r", "g": "c"},
+        {"n": "p", "s": [2, 2], "q": 0, "z": "f", "x": "e", "y": "j"}, {"n": "i", "s": [2, 3], "q": 0, "z": "f", "y": "c"},
         {"k": "r", "n": "r", "s": [3], "t": "bool"}, {"k": "a", "n": "a", "o": "w"}, {"k": "a", "n": "c", "o": "a"},
     ]  # fmt: skip
-    entries = [e for e in read_header(tensors).entries if hasattr(e, "qp") or hasattr(e, "qps")]
-    shapes = [shape for entry in entries for shape in bitstream.plane_shapes(entry)]
+    sections = [["s", 6, 2, 0, 0], ["p", 2, 0, 0, 0], ["r", 1, 0, 0, 0]]
+    header = {"step": [2048, -5], "tensors": tensors, "sections": sections}
+    # depths of the basis' columns, (depth, step index) of the bands, codes
+    packed = bytes([3, 2]) + struct.pack("<BhBh", 2, 5, 1, -5) + b"\x96\x5a"
+    packed += struct.pack("<BhBhBh", 2, 0, 0, 9, 3, 1) + b"\x6d\x40"
+    empty = read_container(made(header, b"", packed, b""))
+    shapes = [s for e in empty.entries if isinstance(e, CodedEntry | BatchNormEntry) and not is_packed(e) for s in plane_shapes(e)]
     rng = np.random.default_rng(0)
     planes = [bitstream.Plane(rng.integers(-9, 10, s[:2]).astype(np.int32), *s[2:]) for s in shapes]
-    header = {"step": [2048, -5], "tensors": tensors, "sections": [["s", 4, 2, 0, 0], ["r", 1, 0, 0, 0]]}
-    return made(header, lanes.encode_planes(planes, 2)[0], deflate(b"\1\0\1"))
-
-
-def read_header(tensors: list[dict]):
-    return read_container(
-        made({"step": [2048, 0], "tensors": tensors, "sections": [["s", 4, 1, 0, 0], ["r", 1, 0, 0, 0]]}, b"", b"")
-    )
+    return made(header, lanes.encode_planes(planes, 2)[0], packed, deflate(b"\1\0\1"))
 
 
 SOURCES: list[Parts] = [
@@ -84,7 +86,7 @@ def consume(data: bytes, repair: bool = True) -> None:
         container = read_container(file := file_of(data, repair), LIMITS)
     except FileError:
         return
-    shapes = [s for e in container.entries if isinstance(e, CodedEntry | BatchNormEntry) for s in bitstream.plane_shapes(e)]
+    shapes = [s for e in container.entries if isinstance(e, CodedEntry | BatchNormEntry) for s in plane_shapes(e)]
     quick = sum(rows * columns for rows, columns, *_ in shapes) <= QUICK
     results = []
     for decode in (lambda d, s, n: lanes.decode_planes(d, s, n)[0], portable.decode_planes)[: 1 + quick]:

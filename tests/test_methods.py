@@ -13,10 +13,12 @@ from transquant.choices import IDENTITY, Choice, LayerTransform, Method
 from transquant.container import read_container
 from transquant.encoder import Encoder, Source
 from transquant.modules import gather, plan_model
+from transquant.quantizers.metric import Damping
 from transquant.records import CodedEntry
 from transquant.stats import collect
 from transquant.stats.measure import Reference
-from transquant.transform_choice import choose_transforms, transforms_of
+from transquant.transform_choice import choose_transforms, exchange_rate, transforms_of
+from transquant.weights import lagrangian
 from transquant.workers import workers
 
 METHODS = [
@@ -157,6 +159,23 @@ def test_auto_is_no_worse_than_identity(smooth, pictures):
             extra = sum(w.size for w in encoder.source.values.values()) / 8 * 0.5 * np.log2(draft.predicted / plain.predicted)
             assert len(better.encode(draft).data) + extra <= 1.005 * size
             assert len(better.encode(draft).data) + extra <= 0.97 * size
+
+
+def test_the_gains_of_the_report_are_bytes_at_equal_distortion(smooth, pictures):
+    """Under a strongly damped metric a bit is worth less of the plain one's distortion than theory says: λ is measured."""
+    with workers() as pool:
+        encoder, _ = prepared(smooth, pictures, Method(), pool)
+        choice = Choice(Damping(0.5, 2.0))
+        c = encoder.first_guess(4.0 * 17000 / 8)
+        plain = encoder.draft(c, choice)
+        assert exchange_rate(encoder, c, choice) < 0.3 * lagrangian(c)
+        chosen = choose_transforms(encoder, c, choice)
+        better = encoder.transformed(transforms_of(chosen))
+        drafts = [better.draft(x * c, choice) for x in np.geomspace(0.7, 1.3, 9)]
+        sizes = [len(better.encode(d).data) for d in drafts]
+        equal = np.interp(plain.predicted, [d.predicted for d in drafts], sizes)
+        gained = sum(t.gain * encoder.source.values[name].size for name, t in chosen.items()) / 8
+        assert gained == pytest.approx(len(encoder.encode(plain).data) - equal, rel=0.1)
 
 
 def test_nothing_smooth_nothing_chosen(pictures):

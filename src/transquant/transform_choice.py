@@ -1,7 +1,8 @@
 """Which transform each layer gets: the one of least rate–distortion cost D + λ R at scalar c, its basis included.
 
 A candidate is coded for real (in the loop that will be used, on at most `SAMPLE` values of the layer) and its bits counted;
-but first its coding gain at this rate, from the energies of its bands alone, must be worth more than its basis.
+but first its coding gain at this rate, from the energies of its bands alone, must be worth more than its basis. λ is what
+the whole model pays near c, measured: D is that of the plain metric, feedback works under the regularised one.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from transquant.transforms.fit import klt
 from transquant.transforms.layout import Layout
 from transquant.weights import code_weight, lagrangian
 
+NEARBY = 1.125  # λ is measured between c over this and c times this
 SAMPLE = 1 << 18  # values of a layer on which candidates are compared
 LARGE = 3e9  # multiply–adds of a feedback pass above which only the likeliest candidates are tried
 BASIS_BITS = (3, 4, 6)  # precisions of a basis that are tried in the closed loop
@@ -51,29 +53,44 @@ def choose_transforms(encoder: Encoder, c: float, choice: Choice) -> dict[str, C
     specs = [s for s in encoder.plan.specs if isinstance(s, WeightSpec) and _measured(encoder.layers[s.name])]
     specs.sort(key=lambda s: -np.prod(s.shape[:1]) * np.prod(s.shape))
     values, layers, method = encoder.source.values, encoder.layers, encoder.method
-    chosen = encoder.pool.map(lambda s: _choose(s, values[s.name], layers[s.name], c, choice, method), specs)
-    return {s.name: t for s, t in zip(specs, chosen, strict=True) if t.transform != IDENTITY}
+    candidates = {s.name: _candidates(s, values[s.name].shape, layers[s.name], method) for s in specs}
+    open_ones = [s for s in specs if len(candidates[s.name]) > 1]
+    price = exchange_rate(encoder, c, choice) if open_ones else 0.0
+    found = encoder.pool.map(
+        lambda s: _choose(s, values[s.name], layers[s.name], candidates[s.name], c, price, choice, method), open_ones
+    )
+    chosen = {s.name: ChosenTransform(candidates[s.name][0], 0.0) for s in specs}
+    chosen |= {s.name: t for s, t in zip(open_ones, found, strict=True)}
+    return {name: t for name, t in chosen.items() if t.transform != IDENTITY}
 
 
-def _choose(spec: WeightSpec, weight: FloatArray, stats: LayerStats, c: float, choice: Choice, method: Method) -> ChosenTransform:
-    candidates = _candidates(spec, weight.shape, stats, method)
+def exchange_rate(encoder: Encoder, c: float, choice: Choice) -> float:
+    """λ, predicted distortion a bit, as the whole file pays it around scalar c; the theory's where nothing changes there."""
+    fine, coarse = encoder.draft(c / NEARBY, choice), encoder.draft(c * NEARBY, choice)
+    saved = 8.0 * (len(encoder.encode(fine).data) - len(encoder.encode(coarse).data))
+    more = coarse.predicted - fine.predicted
+    return more / saved if saved > 0 and more > 0 else lagrangian(c)
+
+
+def _choose(
+    spec: WeightSpec, weight: FloatArray, stats: LayerStats, candidates: Sequence[LayerTransform], c: float, price: float,
+    choice: Choice, method: Method,
+) -> ChosenTransform:  # fmt: skip
     forced = method.transform != "auto"
-    if forced and len(candidates) == 1:
-        return ChosenTransform(candidates[0], 0.0)
     part, values, moments = _sample(spec, weight, stats, any(t.axis == "r" for t in candidates))
     costs: dict[LayerTransform, float] = {}
     for candidate in candidates:
         if candidate != IDENTITY and not forced and not _promising(part, values, moments, candidate, c):
             continue
-        costs[candidate] = _bits(part, values, moments, c, choice, candidate, method) / values.size
+        costs[candidate] = _bits(part, values, moments, c, price, choice, candidate, method) / values.size
     best = min(costs, key=lambda t: costs[t])
     if best.kind in ("k", "e") and not _large(spec) and method.coding == "entropy" and method.feedback:
         for bits in BASIS_BITS:
             finer = replace(best, bits=bits)
             if finer not in costs:
-                costs[finer] = _bits(part, values, moments, c, choice, finer, method) / values.size
+                costs[finer] = _bits(part, values, moments, c, price, choice, finer, method) / values.size
         best = min(costs, key=lambda t: costs[t])
-    return ChosenTransform(best, costs.get(IDENTITY, costs[best]) - costs[best])
+    return ChosenTransform(best, costs[candidates[0]] - costs[best] if candidates[0].kind == "i" else 0.0)
 
 
 def _candidates(spec: WeightSpec, matrix: tuple[int, ...], stats: LayerStats, method: Method) -> list[LayerTransform]:
@@ -143,11 +160,12 @@ def _promising(spec: WeightSpec, weight: FloatArray, stats: LayerStats, transfor
 
 
 def _bits(
-    spec: WeightSpec, weight: FloatArray, stats: LayerStats, c: float, choice: Choice, transform: LayerTransform, method: Method
-) -> float:
+    spec: WeightSpec, weight: FloatArray, stats: LayerStats, c: float, price: float, choice: Choice, transform: LayerTransform,
+    method: Method,
+) -> float:  # fmt: skip
     """(D + λ R) / λ of a layer: bits, those that its distortion is worth included."""
     coded = code_weight(spec, weight, stats, c, global_step(c), choice, transform, method)
-    return count_bits(coded.tensor) + coded.distortion / lagrangian(c)
+    return count_bits(coded.tensor) + coded.distortion / price
 
 
 def count_bits(tensor: CodedTensor) -> float:

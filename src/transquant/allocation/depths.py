@@ -48,7 +48,7 @@ def depth_table(values: FloatArray, most: int = MOST_DEPTH) -> DepthTable:
 
 
 @nb.njit(cache=True, nogil=True, fastmath={"reassoc", "nsz"})
-def _squared_errors(x: FloatArray, top: int, depth: int) -> FloatArray:
+def _squared_errors(x, top, depth):  # type: ignore[no-untyped-def]
     """Squared error of `quantized` at steps 2^(top/4), 2^((top − 1)/4), …: float64 (TRIES,)."""
     errors = np.zeros(TRIES)
     half = 2.0 ** (depth - 1)
