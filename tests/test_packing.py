@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transquant.allocation.depths import MOST_DEPTH, depth_table, quantized
+from transquant.allocation.depths import DepthTable
 from transquant.errors import CorruptFile
 from transquant.packing import group_sizes, indices, pack, tensor_bits, unpack
+from transquant.quantizers.saturating import MOST_DEPTH, best_steps, quantized
 from transquant.records import BandCodes, CodedEntry, CodedTensor
 from transquant.transforms.layout import Layout
 
@@ -93,19 +94,19 @@ def test_groups_are_the_papers(rng):
 
 def test_table_finds_the_best_step(rng):
     values = rng.laplace(size=4000)
-    table = depth_table(values)
-    assert (np.diff(table.errors) < 0).all()
+    errors, quarters = best_steps(values)
+    assert (np.diff(errors) < 0).all()
     for depth in range(1, MOST_DEPTH + 1):
         trials = {q: float(np.sum((values - quantized(values, 2 ** (q / 4), depth)) ** 2)) for q in range(-60, 30)}
-        assert table.errors[depth] == pytest.approx(min(trials.values()))
-        assert trials[int(table.quarters[depth])] == pytest.approx(table.errors[depth])
+        assert errors[depth] == pytest.approx(min(trials.values()))
+        assert trials[int(quarters[depth])] == pytest.approx(errors[depth])
 
 
 def test_equal_slope_is_optimal(rng):
     """No other depths of all groups together have less distortion within as many bits."""
     groups = [rng.normal(size=n) * s for n, s in ((40, 1.0), (40, 0.3), (10, 5.0), (80, 0.05))]
     sensitivities = (1.0, 4.0, 0.5, 2.0)
-    tables = [depth_table(g, 5) for g in groups]
+    tables = [DepthTable(*best_steps(g, 5), g.size) for g in groups]
     points = [(sum(t.count * b for t, b in zip(tables, chosen, strict=True)),
                sum(h * t.errors[b] for t, h, b in zip(tables, sensitivities, chosen, strict=True)))
               for chosen in product(range(6), repeat=4)]  # fmt: skip

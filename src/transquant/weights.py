@@ -12,7 +12,7 @@ from math import ceil, log2
 import numpy as np
 from numpy.typing import NDArray
 
-from transquant.allocation.depths import depth_table
+from transquant.allocation.depths import DepthTable
 from transquant.allocation.steps import StepPlan, matrix_steps
 from transquant.bitstream import tensor_values
 from transquant.choices import Choice, LayerTransform, Method
@@ -31,6 +31,7 @@ from transquant.quantizers.metric import (
     regularise,
     wiener,
 )
+from transquant.quantizers.saturating import MOST_DEPTH, best_steps
 from transquant.records import (
     MAX_BASIS,
     MAX_DEPTH,
@@ -152,7 +153,7 @@ def _fixed(
     bands = layout.bands(weight) if frame is None else layout.coded_bands(frame.analyze(weight))
     factors = [_factors(frame, a, g, method.feedback) for a, g in damped]
     gains = _by_group(_band_gains(layout, factors), sizes) / np.array(sizes)
-    groups = [depth_table(part) for part in _split(bands, sizes)]
+    groups = [_depth_table(part, MOST_DEPTH) for part in _split(bands, sizes)]
     depths = np.array([t.best(float(h), lmbda) for t, h in zip(groups, gains, strict=True)], np.int32)
     base = 4 * log2(float(steps(step, np.zeros((1, 1), np.int64))[0, 0]))
     quarters = np.array([t.quarters[b] for t, b in zip(groups, depths, strict=True)])
@@ -169,6 +170,10 @@ def _fixed(
         basis_depths = np.where([part.any() for part in np.split(basis, np.cumsum(sizes)[:-1], axis=1)], basis_depths, 0)
     codes = BandCodes(depths, indices, None if basis_depths is None else basis_depths.astype(np.int32))
     return CodedTensor(entry, symbols, None, None, basis, codes), frame, decoded
+
+
+def _depth_table(part: FloatArray, most: int) -> DepthTable:
+    return DepthTable(*best_steps(part, most), part.size)
 
 
 def _live(stats: LayerStats, group: int) -> tuple[FloatArray, FloatArray]:
@@ -227,7 +232,7 @@ def _packed_frame(
 ) -> tuple[Frame, IntArray]:
     """The frame of a basis in fixed-length codes and its depths by group; `worth`: what an
     error of a column costs. In the closed loop coefficients come from the decoded basis, which must have an inverse."""
-    tables = [depth_table(part, MAX_DEPTH) for part in _split(synthesis.T, sizes)]
+    tables = [_depth_table(part, MAX_DEPTH) for part in _split(synthesis.T, sizes)]
     for least in range(LEAST_BASIS_DEPTH if feedback else 0, MAX_DEPTH + 1):
         depths = np.array([t.best(float(h), lmbda, least) for t, h in zip(tables, worth, strict=True)], np.int32)
         quarters = np.array([t.quarters[b] for t, b in zip(tables, depths, strict=True)], np.int32)

@@ -1,1 +1,1 @@
-"""Values to integers and back: the uniform quantizer, its step grid, and two-sided error feedback."""
+"""Values to integers and back: the uniform quantizer, saturating codes, and two-sided error feedback."""
