@@ -101,6 +101,15 @@ def test_file_and_back(smooth, pictures, tmp_path, method):
     assert 0.2 < report.measured_distortion / report.predicted_distortion < 5
 
 
+def test_auto_packs_layers_where_no_basis_pays():
+    torch.manual_seed(0)
+    small = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Linear(4, 6)).eval()
+    compressed = tq.compress(small, step=0.1, coding="fixed")
+    transforms = {layer.name: layer.transform for layer in compressed.report.layers}
+    assert transforms["0.weight"] == transforms["1.weight"] == "identity fixed"
+    assert tq.reader.loads(compressed.data)["0.weight"].shape == (3, 2, 3, 3)
+
+
 @pytest.mark.parametrize("coding", ["entropy", "fixed"])
 def test_same_file_again_and_with_other_threads(smooth, pictures, coding):
     files = []

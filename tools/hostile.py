@@ -36,7 +36,7 @@ def golden_files() -> list[bytes]:
 
 
 def fresh_files() -> list[bytes]:
-    """Small networks, so that the numpy reader is quick: kernels and BatchNorm, matrices and aliases, few values and none."""
+    """Small networks, so that the numpy reader is quick: kernels, BatchNorm, matrices, aliases, transforms, few values and none."""
     import torch
     from torch import nn
 
@@ -49,6 +49,7 @@ def fresh_files() -> list[bytes]:
     odd = {"half": torch.randn(4, 6).half(), "none": torch.zeros(0, 4), "scalar": torch.tensor(3), "ten": torch.randn(10)}
     exact = {"0.weight": "exact"}
     files = [tq.compress(tied, step=0.05), tq.compress(kernels, step=0.1), tq.compress(odd, step=0.02)]
+    files += [tq.compress(kernels, step=0.1, transform="klt"), tq.compress(kernels, step=0.1, coding="fixed")]
     return [f.data for f in [*files, tq.compress(kernels, step=1.0, overrides=exact)]]
 
 

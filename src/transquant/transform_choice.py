@@ -80,7 +80,7 @@ def _choose(
     part, values, moments = _sample(spec, weight, stats, any(t.axis == "r" for t in candidates))
     costs: dict[LayerTransform, float] = {}
     for candidate in candidates:
-        if candidate != IDENTITY and not forced and not _promising(part, values, moments, candidate, c):
+        if candidate.kind != "i" and not forced and not _promising(part, values, moments, candidate, c):
             continue
         costs[candidate] = _bits(part, values, moments, c, price, choice, candidate, method) / values.size
     best = min(costs, key=lambda t: costs[t])
