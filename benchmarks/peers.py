@@ -48,8 +48,8 @@ QPS = {
 }  # fine to coarse, around the scores that are compared  # fmt: skip
 BITS = {
     "resnet20": (0.7, 0.85, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0),
-    "squeezenet": tuple(np.arange(1.5, 4.3, 0.25).tolist()),
-    "mobilenet": tuple(np.arange(3.0, 5.8, 0.25).tolist()),
+    "squeezenet": tuple(np.arange(1.25, 4.3, 0.25).tolist()),
+    "mobilenet": tuple(np.arange(2.25, 5.8, 0.25).tolist()),
     "charrnn": (1.25, 1.5, 2.0, 2.5, 3.0, 3.5),
 }
 PLAIN = {

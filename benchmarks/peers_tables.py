@@ -6,6 +6,8 @@ from itertools import pairwise
 from math import exp, log
 from typing import Any
 
+from scipy.optimize import isotonic_regression
+
 from main_job import TITLES
 from pages import ROOT, insert_table
 
@@ -22,45 +24,65 @@ LABELS = {
 Row = dict[str, Any]
 
 
+def curve(rows: list[Row], key: str) -> list[tuple[float, float]]:
+    """(bytes, drop) by growing size: the non-increasing curve of least squares through the points (isotonic regression).
+
+    A score on a finite set is noisy. The best of many settings would be a lucky one, and luckier the more there are.
+    """
+    rows = sorted(rows, key=lambda r: r["bytes"])
+    fit = isotonic_regression([r[key] for r in rows], increasing=False).x
+    return [(r["bytes"], float(value)) for r, value in zip(rows, fit, strict=True)]
+
+
 def envelope(rows: list[Row], key: str) -> list[tuple[float, float]]:
-    """(bytes, drop) of the points that no smaller file beats, by growing size: the drop falls along it."""
+    """(bytes, drop) of the points that no smaller file beats, by growing size: luck included."""
     result: list[tuple[float, float]] = []
-    for size, value in sorted((r["bytes"], r[key]) for r in rows):
-        if not result or value < result[-1][1]:
-            result.append((size, value))
+    for row in sorted(rows, key=lambda r: r["bytes"]):
+        if not result or row[key] < result[-1][1]:
+            result.append((row["bytes"], row[key]))
     return result
 
 
-def bytes_at(rows: list[Row], key: str, value: float) -> float | None:
-    """Bytes at which the envelope reaches a drop, log bytes linear in the drop between points; None outside of them."""
-    points = envelope(rows, key)
+def bytes_at(points: list[tuple[float, float]], value: float) -> float | None:
+    """Bytes at which a curve reaches a drop, log bytes linear in the drop between points; None outside of them."""
     for (small, worse), (large, better) in pairwise(points):
-        if better <= value <= worse:
+        if better <= value < worse:
             share = (worse - value) / (worse - better)
             return exp(log(small) + share * (log(large) - log(small)))
     return None
 
 
+def families(rows: list[Row], name: str, method: str) -> list[list[Row]]:
+    """A method's points on a network, apart where it has two ways of quantizing."""
+    own = [r for r in rows if (r["network"], r["method"]) == (name, method)]
+    parts = [[r for r in own if r["setting"].rpartition(", ")[2] == way] for way in ("dependent", "scalar")]
+    return [p for p in (*parts, own if not any(parts) else []) if p]
+
+
 def comparison(rows: list[Row], key: str) -> list[Row]:
-    """For every network and score the bytes of every method and the ratio of ours to NNCodec's."""
+    """For every network and score the bytes of every method and the ratio of ours to NNCodec's; also that of the envelopes."""
     result = []
     for name in dict.fromkeys(r["network"] for r in rows):
         for value in KLS if key == "kl" else DROPS.get(name, POINTS):
-            sizes = {m: bytes_at([r for r in rows if (r["network"], r["method"]) == (name, m)], key, value) for m in LABELS}
-            mine, theirs = sizes["ours"], sizes["nncodec"]
-            result.append({"network": name, "value": value, **sizes, "ratio": mine / theirs if mine and theirs else None})
+            sizes, lucky = (
+                {m: min(filter(None, (bytes_at(f(p, key), value) for p in families(rows, name, m))), default=None) for m in LABELS}
+                for f in (curve, envelope)
+            )
+            ratios = [s["ours"] / s["nncodec"] if s["ours"] and s["nncodec"] else None for s in (sizes, lucky)]
+            result.append({"network": name, "value": value, **sizes, "ratio": ratios[0], "lucky": ratios[1]})
     return result
 
 
 def table(rows: list[Row], key: str) -> str:
     """The comparison as Markdown."""
     what = "KL to float, nats" if key == "kl" else "below float"
-    lines = [f"| network | {what} | {' | '.join(LABELS.values())} | ours / NNCodec |", "|---|---|" + "---|" * (len(LABELS) + 1)]
+    heads = ["network", what, *LABELS.values(), "ours / NNCodec", "… best single settings"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in comparison(rows, key):
         unit = "" if key == "kl" else " bits/char" if row["network"] == "charrnn" else " points"
         cells = [f"{row[m]:,.0f}" if row[m] else "–" for m in LABELS]
-        ratio = f"**{row['ratio']:.2f}**" if row["ratio"] else "–"
-        lines.append(f"| {TITLES[row['network']]} | {row['value']:g}{unit} | {' | '.join(cells)} | {ratio} |")
+        cells += [f"**{row['ratio']:.2f}**" if row["ratio"] else "–", f"{row['lucky']:.2f}" if row["lucky"] else "–"]
+        lines.append(f"| {TITLES[row['network']]} | {row['value']:g}{unit} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -74,11 +96,11 @@ def publish(rows: list[Row]) -> None:
     figure = Figure(figsize=(11, 8), dpi=110, layout="constrained")
     for axes, name in zip(figure.subplots(2, 2).flat, names, strict=False):
         for method, color in zip(LABELS, ("tab:blue", "tab:red", "tab:green", "tab:gray"), strict=True):
-            own = [r for r in rows if (r["network"], r["method"]) == (name, method)]
-            if own:
+            for own, line in zip(families(rows, name, method), ("-", ":"), strict=False):
                 axes.plot([r["bytes"] / 1000 for r in own], [-r["drop"] for r in own], ".", color=color, alpha=0.4)
-                points = envelope(own, "drop")
-                axes.plot([s / 1000 for s, _ in points], [-d for _, d in points], color=color, label=LABELS[method])
+                points = curve(own, "drop")
+                label = LABELS[method] + (", scalar" if line == ":" else "")
+                axes.plot([s / 1000 for s, _ in points], [-d for _, d in points], color=color, linestyle=line, label=label)
         axes.axhline(0, color="black", linewidth=0.8, linestyle="--")
         axes.set_xscale("log")
         axes.set_title(TITLES[name])
