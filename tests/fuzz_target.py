@@ -31,10 +31,11 @@ def tiny() -> bytes:
         {"n": "w", "s": [2, 2, 1, 2], "q": 3, "g": "rc", "d": [3, -3]}, {"n": "v", "s": [3], "q": 0, "t": "float16"},
         {"k": "b", "n": "b", "s": [2], "q": [1, 2], "e": 0.5, "b": 1}, {"n": "f", "s": [1, 4], "q": 0, "f": 2, "t": "bfloat16"},
         {"n": "d", "s": [2, 2, 1, 2], "q": -3, "x": "d", "y": "k"}, {"n": "k", "s": [2, 3], "q": 1, "x": "k", "y": "r", "g": "c"},
+        {"n": "t", "s": [2, 4], "q": 0, "z": "t", "v": 3, "f": 2},
         {"n": "p", "s": [2, 2], "q": 0, "z": "f", "x": "e", "y": "j"}, {"n": "i", "s": [2, 3], "q": 0, "z": "f", "y": "c"},
         {"k": "r", "n": "r", "s": [3], "t": "bool"}, {"k": "a", "n": "a", "o": "w"}, {"k": "a", "n": "c", "o": "a"},
     ]  # fmt: skip
-    sections = [["s", 6, 2, 0, 0], ["p", 2, 0, 0, 0], ["r", 1, 0, 0, 0]]
+    sections = [["s", 7, 2, 0, 0], ["p", 2, 0, 0, 0], ["r", 1, 0, 0, 0]]
     header = {"step": [2048, -5], "tensors": tensors, "sections": sections}
     # depths of the basis' columns, (depth, step index) of the bands, codes
     packed = bytes([3, 2]) + struct.pack("<BhBh", 2, 5, 1, -5) + b"\x96\x5a"

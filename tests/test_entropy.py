@@ -14,8 +14,8 @@ from transquant.errors import CorruptFile
 from transquant.records import Plane
 
 
-def shapes_of(planes: list[Plane]) -> list[tuple[int, int, int, int, int]]:
-    return [(*p.symbols.shape, p.kind, p.width, p.taps) for p in planes]
+def shapes_of(planes: list[Plane]) -> list[tuple[int, int, int, int, int, int]]:
+    return [(*p.symbols.shape, p.kind, p.width, p.taps, p.state_bits) for p in planes]
 
 
 def round_trip(planes: list[Plane], num_lanes: int) -> tuple[bytes, list[float]]:
@@ -83,7 +83,7 @@ GOLDEN = (266, "1ea90a549640aa55")
 
 def test_damage_is_found(rng):
     symbols = np.rint(rng.normal(0, 2, (30, 30))).astype(np.int32)
-    shapes = [(30, 30, 0, 1, 1)]
+    shapes = [(30, 30, 0, 1, 1, 0)]
     data, _ = lanes.encode_planes([Plane(symbols, 0)], 4)
     for bad in (data[:-2], data + b"\0\0", data[:-1], data[:7], b"", b"\0" * len(data)):
         for decode in (lanes.decode_planes, portable.decode_planes):

@@ -88,7 +88,7 @@ def test_file_and_back(smooth, pictures, tmp_path, method):
         assert state[key].shape == tensor.shape
     entries = {e.name: e for e in read_container(compressed.data).entries if isinstance(e, CodedEntry)}
     codes = {name: e.coding for name, e in entries.items() if len(e.shape) > 1}
-    assert set(codes.values()) == {"f" if method["coding"] == "fixed" else "u"}
+    assert set(codes.values()) == {"f" if method["coding"] == "fixed" else "t" if method["feedback"] else "u"}
     kinds = {name: e.transform for name, e in entries.items() if len(e.shape) > 1}
     assert kinds["second.weight"] == {"identity": "i", "dct": "d", "klt": "k", "elt": "e"}[method["transform"]]
     report = compressed.report

@@ -44,7 +44,9 @@ def entries(draw):
         return norm, CodedBatchNorm(norm, rng.choice(alphabet, channels), rng.choice(alphabet, channels))
     shape = draw(SHAPES)
     groups = draw(st.sampled_from(["", "r", "c", "rc"])) if len(shape) > 1 else ""
-    coded = CodedEntry(name, shape, dtype, qp, (draw(st.integers(-31, 31)), draw(st.integers(-31, 31))), groups)
+    offsets = draw(st.integers(-31, 31)), draw(st.integers(-31, 31))
+    state_bits = draw(st.sampled_from([0, 2, 3, 4, 5, 6])) if len(shape) > 1 else 0
+    coded = CodedEntry(name, shape, dtype, qp, offsets, groups, coding="t" if state_bits else "u", state_bits=state_bits)
     exponents = [rng.integers(-64, 65, n).astype(np.int32) for n in (coded.rows, coded.columns // max(coded.taps, 1))]
     rows, columns = (e if letter in groups else None for e, letter in zip(exponents, "rc", strict=True))
     return coded, CodedTensor(coded, rng.choice(alphabet, (coded.rows, coded.columns)), rows, columns)
@@ -103,10 +105,20 @@ def test_whole_files(given_entries):
 def test_planes_of_any_alphabet_in_any_lanes(given_planes, num_lanes):
     planes = []
     for rows, columns, kind, alphabet, seed in given_planes:
-        planes.append(Plane(np.random.default_rng(seed).choice(np.array(alphabet, np.int32), (rows, columns)), kind))
+        planes.append(
+            Plane(
+                np.random.default_rng(seed).choice(np.array(alphabet, np.int32), (rows, columns)),
+                kind,
+                1,
+                1,
+                seed % 5 and seed % 5 + 2,
+            )
+        )
     data, _ = lanes.encode_planes(planes, num_lanes)
     for decode in decoders():
-        for plane, found in zip(planes, decode(data, [(*p.symbols.shape, p.kind, 1, 1) for p in planes], num_lanes), strict=True):
+        for plane, found in zip(
+            planes, decode(data, [(*p.symbols.shape, p.kind, 1, 1, p.state_bits) for p in planes], num_lanes), strict=True
+        ):
             np.testing.assert_array_equal(plane.symbols, found)
 
 

@@ -161,9 +161,9 @@ def test_closed_loop_gains_what_the_weights_correlation_holds(rng):
     frame = closed_frame(layout, klt(h), 8)
     rates = []
     for w, moment in ((weight, a), (frame.analyze(weight), frame.column_moment(a))):
-        fa, fg = factor(moment), factor(g)
+        fa, fg = factor(moment, upper=True), factor(g)
         step = c / np.sqrt(fg.diagonal[:, None] * fa.diagonal)
-        symbols, _ = quantize_feedback(w, step, fg.lower[0], fa.lower[0], Rounding(0.5))
+        symbols, _ = quantize_feedback(w, step, fg.unit[0], fa.unit[0], Rounding(0.5))
         rates.append(np.mean(np.log2((symbols * step).std(0)[None] / step)))  # Gaussian entropies, up to a constant
     eigenvalues = np.linalg.eigvalsh(h)
     gain = 0.5 * (np.mean(np.log2(np.diag(h))) - np.mean(np.log2(eigenvalues)))
@@ -175,10 +175,10 @@ def test_a_coarse_basis_costs_no_distortion_in_the_closed_loop(rng, bits):
     layout = Layout("k", 40, 8, 9)
     weight, a, g, c = rng.normal(size=(40, 72)), spd(rng, 72), spd(rng, 40), 0.02
     frame = closed_frame(layout, klt(layout.bands(weight) @ layout.bands(weight).T), bits)
-    fa, fg = factor(frame.column_moment(a)), factor(g)
+    fa, fg = factor(frame.column_moment(a), upper=True), factor(g)
     step = c / np.sqrt(fg.diagonal[:, None] * fa.diagonal)
     coeffs = frame.analyze(weight)
-    _, error = quantize_feedback(coeffs, step, fg.lower[0], fa.lower[0], Rounding(0.5))
+    _, error = quantize_feedback(coeffs, step, fg.unit[0], fa.unit[0], Rounding(0.5))
     measured = quadratic_form(weight - frame.synthesize(coeffs - error), a, g)
     assert measured == pytest.approx(weight.size * c**2 / 12, rel=0.08)
 

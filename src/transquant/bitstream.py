@@ -40,10 +40,11 @@ from transquant.records import (
     is_packed,
 )
 from transquant.transforms.exact import synthesize
+from transquant.trellis_code import odd_states
 
 SECTION_VALUES = 1 << 20  # a symbol section is closed once it has this many values
 
-PlaneShape = tuple[int, int, int, int, int]  # rows, columns, kind, width, taps
+PlaneShape = tuple[int, int, int, int, int, int]  # rows, columns, kind, width, taps, state bits
 PlaneDecoder = Callable[[bytes, Sequence[PlaneShape], int], list[IntArray]]
 Job = tuple[Sequence[Plane], int]  # planes of a section, number of lanes
 SectionEncoder = Callable[[Sequence[Job]], list[tuple[bytes, list[float]]]]
@@ -144,7 +145,11 @@ def tensor_values(tensor: CodedTensor, step: tuple[int, int]) -> NDArray[np.floa
         t = total_index(entry.qp, tensor.row_exponents, tensor.column_exponents, entry.group_columns)
     else:
         t = packing.indices(entry, tensor.codes)
-    decoded = dequantize(tensor.symbols, step, t, entry.recon_offsets)
+    odd = None
+    if entry.state_bits:
+        paths = tensor.symbols.reshape(entry.rows * entry.fold, entry.columns // entry.fold)
+        odd = odd_states(paths, entry.state_bits).reshape(tensor.symbols.shape)
+    decoded = dequantize(tensor.symbols, step, t, entry.recon_offsets, odd)
     return decoded if entry.transform == "i" else synthesize(decoded, tensor.basis, entry)
 
 
@@ -162,20 +167,21 @@ def to_dtype(array: NDArray[np.float32], dtype: str) -> NDArray[np.generic]:
 
 
 def plane_shapes(entry: CodedEntry | BatchNormEntry) -> list[PlaneShape]:
-    """(rows, columns, kind, width, taps) of the planes of an entry, in file order."""
+    """(rows, columns, kind, width, taps, state bits) of the planes of an entry, in file order."""
     if isinstance(entry, BatchNormEntry):
-        return [(1, entry.channels, VECTORS, 1, 1)] * 2
+        return [(1, entry.channels, VECTORS, 1, 1, 0)] * 2
     if len(entry.shape) < 2:
-        return [(1, entry.columns, VECTORS, 1, 1)]
+        return [(1, entry.columns, VECTORS, 1, 1, 0)]
     shapes: list[PlaneShape] = []
     if "r" in entry.groups:
-        shapes.append((1, entry.rows, SIDE, 1, 1))
+        shapes.append((1, entry.rows, SIDE, 1, 1, 0))
     if "c" in entry.groups:
-        shapes.append((1, entry.columns // max(entry.group_columns, 1), SIDE, 1, 1))
+        shapes.append((1, entry.columns // max(entry.group_columns, 1), SIDE, 1, 1, 0))
     if entry.basis_side:
-        shapes.append((entry.basis_side, entry.basis_side, BASIS, 1, 1))
+        shapes.append((entry.basis_side, entry.basis_side, BASIS, 1, 1, 0))
     width, taps = (entry.shape[-1], entry.taps) if len(entry.shape) > 2 and entry.axis not in ("k", "j") else (1, 1)
-    return [*shapes, (entry.rows * entry.fold, entry.columns // entry.fold, WEIGHTS, max(width, 1), max(taps, 1))]
+    rows, columns = entry.rows * entry.fold, entry.columns // entry.fold
+    return [*shapes, (rows, columns, WEIGHTS, max(width, 1), max(taps, 1), entry.state_bits)]
 
 
 def planes_of(coded: Coded) -> list[Plane]:

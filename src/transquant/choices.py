@@ -18,12 +18,14 @@ KIND_NAMES = {kind: name for name, kind in KINDS.items()}
 @dataclass(frozen=True, slots=True)
 class Method:
     """What the caller forces. `transform`: "auto", "identity", "dct", "klt", "elt"; `axis`: "input", "output", "kernel",
-    "joint" or None; `coding`: "entropy" or "fixed"; `feedback`: closed loop or open."""
+    "joint" or None; `coding`: "entropy" or "fixed"; `feedback`: closed loop or open; `state_bits`: log2 of the number of
+    states of the trellis of entropy-coded weights, 0 for a scalar quantizer."""
 
     transform: str = "auto"
     axis: str | None = None
     coding: str = "entropy"
     feedback: bool = True
+    state_bits: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +44,19 @@ PACKED = LayerTransform("i", "c")
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What the held-back samples decide: the regularisation of the metric, the step groups, the dead zone."""
+    """What the held-back samples decide: the regularisation of the metric, the step groups, and how rounding leans to zero:
+    by a dead zone or, in a trellis, by the weight of a bit, in units of λ."""
 
     damping: Damping = field(default_factory=Damping)
     grouping: Grouping = field(default_factory=Grouping)
     dead_zone: float = 0.6
+    rate: float = 0.5
+    offset: int = -6
 
-    @property
-    def rounding(self) -> Rounding:
+    def rounding(self, method: Method) -> Rounding:
         """Magnitudes are rebuilt in the middle of their bins, [k − 1 + dead zone, k + dead zone). Centroids, which the mean
         square asks for, shrink every layer a little, and that hurts the network more than it saves."""
+        if method.state_bits:
+            return Rounding(offsets=(self.offset, self.offset))
         offset = -round(64 * (self.dead_zone - 0.5))
         return Rounding(self.dead_zone, (offset, offset))

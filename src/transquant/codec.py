@@ -40,6 +40,7 @@ _log = logging.getLogger("transquant")
 Progress = Callable[[str, int, int], None]
 M = TypeVar("M", bound=nn.Module)
 
+STATE_BITS = 3  # log2 of the number of states of a trellis
 HELD_BACK = 512  # samples, at most, and at most one in five
 
 
@@ -87,6 +88,7 @@ def compress(
     axis: str | None = None,
     coding: str = "entropy",
     feedback: bool = True,
+    trellis: bool = True,
     objective: str = "bytes",
     effort: int = 5,
     overrides: Mapping[str, Any] | None = None,
@@ -106,8 +108,9 @@ def compress(
     `metric`: "kl", "mse", "weights" or "auto". `transform`: "auto" takes for each layer what costs least, its basis included;
     "identity", "dct", "klt", "elt" force one wherever it fits, over `axis` "kernel", "input", "output" or "joint" (None: the
     best of them). `coding`: "entropy", or "fixed" for bit depths a group of bands, packed (Young et al.). `feedback`: closed
-    loop, or plain rounding of each coefficient. `overrides`: {name pattern: "exact"} stores matching tensors exactly.
-    `effort` 1 or 2: nothing is tuned on held-back samples; 3 to 9: all is. `forward(model, batch)` and `output(result)`
+    loop, or plain rounding of each coefficient. `trellis`: entropy-coded weights in the closed loop go along the best path
+    of a trellis of 8 states, or else each is rounded with a dead zone. `overrides`: {name pattern: "exact"} stores matching tensors
+    exactly. `effort` 1 or 2: nothing is tuned on held-back samples; 3 to 9: all is. `forward(model, batch)` and `output(result)`
     override how a batch is run and what counts. `verify`: measure the closed-form distortion group by group, for the report.
     `progress(stage, done, total)` is called as work goes on.
 
@@ -116,7 +119,7 @@ def compress(
     file, whatever the number of threads. Raises InputError, TargetError.
     """
     _check_options(metric, objective, effort, seed)
-    method = _method(transform, axis, coding, feedback)
+    method = _method(transform, axis, coding, feedback, trellis)
     say = progress or (lambda stage, done, total: None)
     given = {"bits": bits, "size": size, "ratio": ratio, "distortion": distortion, "step": step, "max_drop": max_drop}
     module, state, plan = _open(model, overrides)
@@ -196,18 +199,19 @@ def _verified(search: TargetSearch, reference: Reference | None, c: float, choic
     return verify_groups(search.encoder, reference, c, choice, lambda done, total: say("verification", done, total))
 
 
-def _method(transform: str, axis: str | None, coding: str, feedback: bool) -> Method:
+def _method(transform: str, axis: str | None, coding: str, feedback: bool, trellis: bool) -> Method:
     for name, value, allowed in (
         ("transform", transform, ("auto", *KINDS)),
         ("axis", axis, (None, "input", "output", "kernel", "joint")),
         ("coding", coding, ("entropy", "fixed")),
         ("feedback", feedback, (True, False)),
+        ("trellis", trellis, (True, False)),
     ):
         if value not in allowed:
             raise InputError(f"{name} is {value!r}, allowed are {', '.join(map(repr, allowed))}")
     if transform == "dct" and axis not in (None, "kernel"):
         raise InputError(f"axis is {axis!r}, allowed is 'kernel' with transform 'dct'")
-    return Method(transform, axis, coding, feedback)
+    return Method(transform, axis, coding, feedback, STATE_BITS if trellis and feedback and coding == "entropy" else 0)
 
 
 def _check_options(metric: str, objective: str, effort: int, seed: int) -> None:

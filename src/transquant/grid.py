@@ -49,10 +49,13 @@ def steps(step: tuple[int, int], t: NDArray[np.int64]) -> FloatArray:
     return sizes
 
 
-def dequantize(symbols: IntArray, step: tuple[int, int], t: NDArray[np.int64], offsets: tuple[int, int]) -> NDArray[np.float32]:
+def dequantize(
+    symbols: IntArray, step: tuple[int, int], t: NDArray[np.int64], offsets: tuple[int, int], odd: NDArray[np.bool_] | None = None
+) -> NDArray[np.float32]:
     """Values float32 of symbols int32 (rows, columns): integers below 2^53 times a power of two, rounded once.
 
-    `offsets`: reconstruction offsets of magnitudes 1 and above, 1/64 step toward zero. Raises CorruptFile where a
+    `offsets`: reconstruction offsets of magnitudes 1 and above, 1/64 step toward zero; `odd`: where a trellis takes off half
+    a step more. Raises CorruptFile where a
     value does not fit float32. Works block by block: the integers take many times the memory of the values."""
     values = np.empty(symbols.shape, np.float32)
     rows = max(_BLOCK // max(symbols.shape[1], 1), 1)
@@ -60,15 +63,19 @@ def dequantize(symbols: IntArray, step: tuple[int, int], t: NDArray[np.int64], o
         for left in range(0, symbols.shape[1], _BLOCK):
             block = slice(first, first + rows), slice(left, left + _BLOCK)
             of_t = tuple(s if length > 1 else slice(1) for s, length in zip(block, t.shape, strict=True))
-            values[block] = _dequantize(symbols[block], step, t[of_t], offsets)
+            values[block] = _dequantize(symbols[block], step, t[of_t], offsets, None if odd is None else odd[block])
     if not np.isfinite(values).all():
         raise CorruptFile("a decoded value does not fit float32")
     return values
 
 
-def _dequantize(symbols: IntArray, step: tuple[int, int], t: NDArray[np.int64], offsets: tuple[int, int]) -> NDArray[np.float32]:
+def _dequantize(
+    symbols: IntArray, step: tuple[int, int], t: NDArray[np.int64], offsets: tuple[int, int], odd: NDArray[np.bool_] | None
+) -> NDArray[np.float32]:
     size = np.abs(symbols.astype(np.int64))
     shrunk = 64 * size - np.where(size > 1, offsets[1], np.where(size == 1, offsets[0], 0))
+    if odd is not None:
+        shrunk -= 32 * odd
     product = np.sign(symbols) * shrunk * (step[0] * QUARTERS[t & 3])
     with np.errstate(over="ignore", under="ignore"):
         return np.ldexp(product.astype(np.float64), step[1] + (t >> 2) - 20).astype(np.float32)  # type: ignore[no-any-return]

@@ -36,7 +36,8 @@ class CodedEntry:
 
     `fold`: each row is coded as that many rows, so that a matrix of few long rows fills the lanes of a vectorised reader.
     `transform`: "i" identity, "d" DCT, "k" KLT, "e" ELT. `axis`: what the bands run over, "r" rows, "c" channels,
-    "k" kernel, "j" joint. `coding`: "u" entropy-coded symbols, "f" fixed-length codes."""
+    "k" kernel, "j" joint. `coding`: "u" entropy-coded symbols, "t" those of a trellis of 2^`state_bits` states, "f"
+    fixed-length codes."""
 
     name: str
     shape: tuple[int, ...]
@@ -47,7 +48,8 @@ class CodedEntry:
     fold: int = 1
     transform: Literal["i", "d", "k", "e"] = "i"
     axis: Literal["", "r", "c", "k", "j"] = ""
-    coding: Literal["u", "f"] = "u"
+    coding: Literal["u", "t", "f"] = "u"
+    state_bits: int = 0
 
     @property
     def rows(self) -> int:
@@ -166,12 +168,13 @@ class Plane:
     """A matrix of integers to be entropy coded (FORMAT.md section 4).
 
     `symbols` int32 (rows, columns), C order. `kind` picks the contexts: 0 weights, 1 side, 2 vectors, 3 basis. `width` and
-    `taps` place a column inside its kernel; 1 and 1 outside kernels."""
+    `taps` place a column inside its kernel; 1 and 1 outside kernels. `state_bits` of its trellis, 0 without one."""
 
     symbols: IntArray
     kind: int
     width: int = 1
     taps: int = 1
+    state_bits: int = 0
 
 
 @dataclass(frozen=True, slots=True)

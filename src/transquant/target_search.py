@@ -93,7 +93,8 @@ class TargetSearch:
         if self.reference is None or self.effort < 3:
             return choice, start
         tuner = Tuner(self.encoder.draft, self.size, self._distortion, target_bytes, self.num_values)
-        return choose(tuner, start, self.work, lambda done, total: self.say("tuning", done, total))
+        trellis = self.encoder.method.state_bits > 0
+        return choose(tuner, start, self.work, trellis, lambda done, total: self.say("tuning", done, total))
 
     def _distortion(self, draft: Draft) -> float:
         return self.reference.distortion(draft.state()) if self.reference else draft.predicted

@@ -23,6 +23,7 @@ DAMPINGS = (
 )  # fmt: skip
 GROUPINGS = (Grouping("rc", 0.5), Grouping("r", 0.5), Grouping("", 0.0), Grouping("rc", 1.0), Grouping("r", 1.0))
 DEAD_ZONES = (0.5, 0.55, 0.6, 0.65)
+LEANS = ((0.2, 0), (0.2, -4), (0.5, 0), (0.5, -12), (0.8, -6))  # of a trellis: weight of a bit, reconstruction offset
 ROUGH = 0.02  # candidates are compared at the same size within this share; what is left is corrected by the rate's slope
 
 # multiply–adds of a quantization pass above which fewer candidates are tried; a rule on work, not on time, keeps files
@@ -70,9 +71,9 @@ class Tuner:
         return self.scores[choice]
 
 
-def choose(tuner: Tuner, start: float, work: float, progress: Callable[[int, int], None]) -> tuple[Choice, float]:
-    """The best choice found, and its c. `work`: multiply–adds of one quantization pass."""
-    best = Choice(Damping(0.1, 0.5))
+def choose(tuner: Tuner, start: float, work: float, trellis: bool, progress: Callable[[int, int], None]) -> tuple[Choice, float]:
+    """The best choice found, and its c. `work`: multiply–adds of one quantization pass; `trellis`: whether there is one."""
+    best = Choice(Damping(0.02, 0.05))
     rounds: list[Callable[[Choice], Sequence[Choice]]] = [
         lambda b: list(_neighbours(b)),
         lambda b: list(_neighbours(b)),
@@ -82,7 +83,7 @@ def choose(tuner: Tuner, start: float, work: float, progress: Callable[[int, int
     if work <= LARGE:
         rounds += [
             lambda b: [replace(b, grouping=g) for g in GROUPINGS],
-            lambda b: [replace(b, dead_zone=z) for z in DEAD_ZONES],
+            lambda b: list(_leanings(b, trellis)),
             lambda b: [replace(b, damping=replace(b.damping, noise=n)) for n in (0.0, 0.3)],
             lambda b: list(_neighbours(b)),
         ]
@@ -95,6 +96,14 @@ def choose(tuner: Tuner, start: float, work: float, progress: Callable[[int, int
                 best, value, start = candidate, other, other_c
     progress(len(rounds), len(rounds))
     return best, tuner.score(best, start)[1]
+
+
+def _leanings(choice: Choice, trellis: bool) -> Iterator[Choice]:
+    """Other ways to lean to zero."""
+    if trellis:
+        yield from (replace(choice, rate=rate, offset=offset) for rate, offset in LEANS)
+    else:
+        yield from (replace(choice, dead_zone=zone) for zone in DEAD_ZONES)
 
 
 def _neighbours(choice: Choice) -> Iterator[Choice]:

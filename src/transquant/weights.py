@@ -16,10 +16,10 @@ from transquant.allocation.depths import DepthTable
 from transquant.allocation.steps import StepPlan, matrix_steps
 from transquant.bitstream import tensor_values
 from transquant.choices import Choice, LayerTransform, Method
-from transquant.entropy.tables import MAX_SYMBOL, fold_for
+from transquant.entropy.tables import MAX_SYMBOL, expected_levels, fold_for, magnitude_laws
 from transquant.grid import MAX_EXPONENT, MAX_QP, steps, total_index
 from transquant.packing import group_sizes
-from transquant.quantizers.feedback import Rounding, quantize_feedback
+from transquant.quantizers.feedback import Paths, Rounding, quantize_feedback
 from transquant.quantizers.metric import (
     Damping,
     Factor,
@@ -32,6 +32,7 @@ from transquant.quantizers.metric import (
     wiener,
 )
 from transquant.quantizers.saturating import MOST_DEPTH, best_steps
+from transquant.quantizers.trellis import SIZES, Trellis
 from transquant.records import (
     MAX_BASIS,
     MAX_DEPTH,
@@ -49,6 +50,7 @@ from transquant.transforms.layout import Layout
 
 LARGEST_SYMBOL = MAX_SYMBOL / 8
 WIENER_SIDE = 2048  # no eigenbases above this side length
+PATH_QUARTERS = 2  # by how much a trellis' steps are larger at the same distortion, quarter octaves: between 1.16 and 1.4
 LEAST_BASIS_DEPTH = 3  # fixed-length, closed loop: fewer bits leave a basis that cannot be inverted
 
 Moments = Sequence[tuple[FloatArray, FloatArray]]  # (columns, rows) of each group
@@ -101,6 +103,8 @@ def _entropy_coded(
         np.stack([g.diagonal for _, g in factors]), np.stack([a.diagonal for a, _ in factors]), entry.group_columns,
         choice.grouping,
     )  # fmt: skip
+    if method.state_bits:
+        plan = replace(plan, qp=min(plan.qp + PATH_QUARTERS, MAX_QP))
     coeffs = weight if frame is None else frame.analyze(weight)
     plan = plan if frame is None else _scaled(plan, frame)
     sizes = _step_sizes(entry, plan, step, frame)
@@ -110,10 +114,15 @@ def _entropy_coded(
     if frame is None and choice.damping.wiener:
         blocks = weight.reshape(len(moments), -1, weight.shape[1])
         coeffs = np.concatenate([_wiener(b, a, g, variance, c, choice.damping) for b, (a, g) in zip(blocks, moments, strict=True)])
-    symbols, decoded = _quantize_groups(coeffs, np.broadcast_to(sizes, weight.shape), factors, choice.rounding)
-    has = ("r" if plan.row_exponents is not None else "") + ("c" if plan.column_exponents is not None else "")
     fold = fold_for(entry.rows, entry.columns // max(entry.group_columns, 1), entry.group_columns)
-    entry = replace(entry, qp=plan.qp, recon_offsets=choice.rounding.offsets, groups=has, fold=fold)  # type: ignore[arg-type]
+    rounding, trellis = choice.rounding(method), None
+    if method.state_bits:
+        trellis = Trellis(method.state_bits, entry.rows, entry.columns // fold, magnitude_laws(SIZES))
+        entry = replace(entry, coding="t", state_bits=method.state_bits)
+    bit = choice.rate * lagrangian(c)
+    symbols, decoded = _quantize_groups(coeffs, np.broadcast_to(sizes, weight.shape), factors, rounding, None, trellis, bit)
+    has = ("r" if plan.row_exponents is not None else "") + ("c" if plan.column_exponents is not None else "")
+    entry = replace(entry, qp=plan.qp, recon_offsets=rounding.offsets, groups=has, fold=fold)  # type: ignore[arg-type]
     return CodedTensor(entry, symbols, plan.row_exponents, plan.column_exponents, _used(entry, frame, symbols)), frame, decoded
 
 
@@ -191,7 +200,7 @@ def _factors(frame: Frame | None, a: FloatArray, g: FloatArray, feedback: bool) 
     """Factors of the regularised moments in the coefficient domain; without feedback their diagonals."""
     if frame is not None:
         a, g = frame.column_moment(a), frame.row_moment(g)
-    return (factor(a), factor(g)) if feedback else (Factor(None, diagonal(a)), Factor(None, diagonal(g)))
+    return (factor(a, upper=True), factor(g)) if feedback else (Factor(None, diagonal(a)), Factor(None, diagonal(g)))
 
 
 def _basis(layout: Layout, weight: FloatArray, damped: Moments, transform: LayerTransform) -> FloatArray:
@@ -280,23 +289,27 @@ def _wiener(weight: FloatArray, a: FloatArray, g: FloatArray, variance: float, c
 
 def _quantize_groups(
     coeffs: FloatArray, sizes: FloatArray, factors: Sequence[tuple[Factor, Factor]], rounding: Rounding,
-    depths: NDArray[np.int8] | None = None,
+    depths: NDArray[np.int8] | None = None, trellis: Trellis | None = None, bit: float = 0.0,
 ) -> tuple[IntArray, FloatArray]:  # fmt: skip
-    """Symbols int32 and decoded coefficients float64, both (O, n); groups and diagonal blocks of columns are independent."""
+    """Symbols int32 and decoded coefficients float64, both (O, n); groups and diagonal blocks of columns are independent.
+    `bit`: the distortion that a bit is worth to the trellis."""
     symbols, decoded = np.empty(coeffs.shape, np.int32), np.empty(coeffs.shape)
     height = len(coeffs) // len(factors)
     for k, (input_factor, output_factor) in enumerate(factors):
         rows = slice(k * height, (k + 1) * height)
-        lower_out = None if output_factor.lower is None else output_factor.lower[0]
-        blocks = input_factor.lower or (None,)
+        left = None if output_factor.unit is None else output_factor.unit[0]
+        blocks = input_factor.unit or (None,)
         width = coeffs.shape[1] // len(blocks)
-        for b, lower_in in enumerate(blocks):
+        for b, right in enumerate(blocks):
             block = rows, slice(b * width, (b + 1) * width)
             target = np.ascontiguousarray(coeffs[block])
             limits = None if depths is None else np.ascontiguousarray(depths[block])
-            symbols[block], error = quantize_feedback(
-                target, np.ascontiguousarray(sizes[block]), lower_out, lower_in, rounding, limits
-            )
+            size = np.ascontiguousarray(sizes[block])
+            paths = None
+            if trellis is not None:
+                level = output_factor.diagonal[:, None] * input_factor.diagonal[None, block[1]]
+                paths = Paths(trellis, rows, b * width, level * size**2 / bit, expected_levels(target / size))
+            symbols[block], error = quantize_feedback(target, size, left, right, rounding, limits, paths)
             decoded[block] = target - error
     return symbols, decoded
 

@@ -41,6 +41,7 @@ Transform = Annotated[str, typer.Option(help="auto, identity, dct, klt or elt.")
 Axis = Annotated[str | None, typer.Option(help="Of the transform: kernel, input, output or joint; the best one if not given.")]
 Coding = Annotated[str, typer.Option(help="entropy, or fixed: packed bit depths.")]
 Feedback = Annotated[bool, typer.Option("--feedback/--no-feedback", help="Closed loop, or plain rounding.")]
+Trellis = Annotated[bool, typer.Option("--trellis/--no-trellis", help="Best path of a trellis, or rounding with a dead zone.")]
 Effort = Annotated[int, typer.Option(min=1, max=9, help="1 and 2: nothing is tuned on held-back samples; 3 to 9: all is.")]
 Seed = Annotated[int, typer.Option(min=0, help="Same seed, same file.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
@@ -85,7 +86,7 @@ def compress(
     max_drop: Annotated[float | None, typer.Option(help="Target: points of top-1 accuracy lost on --data.")] = None,
     exact: Annotated[list[str] | None, typer.Option(help="Store tensors of this name (a glob pattern) exactly.")] = None,
     metric: Metric = "auto", transform: Transform = "auto", axis: Axis = None, coding: Coding = "entropy",
-    feedback: Feedback = True, effort: Effort = 5, seed: Seed = 0,
+    feedback: Feedback = True, trellis: Trellis = True, effort: Effort = 5, seed: Seed = 0,
     verify: Annotated[bool, typer.Option(help="Measure the distortion group by group and compare with the closed form.")] = False,
     resize: Resize = None, crop: Crop = None, mean: Mean = "0", std: Std = "1", scale: Scale = 255.0,
     limit: Limit = None, batch: Batch = 100,
@@ -110,7 +111,7 @@ def compress(
         compressed = run(
             net, samples.batches if samples else None, bits=bits, size=size, ratio=ratio, distortion=distortion,
             step=step, max_drop=drop, metric=metric, transform=transform, axis=axis, coding=coding, feedback=feedback,
-            effort=effort, seed=seed, verify=verify,
+            trellis=trellis, effort=effort, seed=seed, verify=verify,
             overrides=dict.fromkeys(exact or [], "exact"), progress=progress,
         )  # fmt: skip
     compressed.save(output)

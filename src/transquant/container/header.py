@@ -22,6 +22,7 @@ from transquant.records import (
 )
 
 MAX_ENTRIES = 100_000
+TRELLIS_BITS = 2, 6
 BATCHNORM_KEYS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 SectionRow = tuple[Literal["s", "p", "r"], int, int, int, int]  # kind, count, lanes, length, crc32
@@ -39,7 +40,9 @@ def entry_to_json(entry: Entry) -> dict[str, Any]:
         value = {"k": "r", "n": entry.name, "s": list(entry.shape)}
     else:
         value = {"n": entry.name, "s": list(entry.shape), "q": entry.qp}
-        for key, part, default in (("x", entry.transform, "i"), ("y", entry.axis, ""), ("z", entry.coding, "u")):
+        for key, part, default in (
+            ("x", entry.transform, "i"), ("y", entry.axis, ""), ("z", entry.coding, "u"), ("v", entry.state_bits, 0),
+        ):  # fmt: skip
             if part != default:
                 value[key] = part
         if entry.recon_offsets != (0, 0):
@@ -75,7 +78,7 @@ def entry_from_json(value: Any) -> Entry:
     if kind == "r":
         value = keys(value, "kns", "t", "a raw tensor")
         return RawEntry(string(value["n"], "a tensor name"), _shape(value["s"]), _dtype(value, tuple(DTYPES)))
-    return _coded(keys(value, "nsq", "ktdgzxyf", "a coded tensor"))
+    return _coded(keys(value, "nsq", "ktdgzxyfv", "a coded tensor"))
 
 
 def header_to_json(
@@ -153,17 +156,22 @@ def check_limits(entries: Iterable[Entry], file_bytes: int, limits: Limits) -> N
 def _coded(value: dict[str, Any]) -> CodedEntry:
     transform = known(value.get("x", "i"), ("i", "d", "k", "e"), "a transform")
     axis = known(value["y"], ("r", "c", "k", "j"), "an axis") if "y" in value else ""
-    coding = known(value.get("z", "u"), ("u", "f"), "a quantizer")
+    coding = known(value.get("z", "u"), ("u", "t", "f"), "a quantizer")
+    state_bits = integer(value["v"], *TRELLIS_BITS, "a trellis' state bits") if "v" in value else 0
     groups = known(value.get("g", ""), ("", "r", "c", "rc"), "a step grouping")
     offsets = [integer(d, -31, 31, "a reconstruction offset") for d in items(value.get("d", [0, 0]), "offsets", length=2)]
     entry = CodedEntry(
         string(value["n"], "a tensor name"), _shape(value["s"]), _dtype(value, CODED_DTYPES), _qp(value["q"]),
         (offsets[0], offsets[1]), cast(Any, groups), integer(value.get("f", 1), 1, MAX_FOLD, "a fold"),
-        cast(Any, transform), cast(Any, axis), cast(Any, coding),
+        cast(Any, transform), cast(Any, axis), cast(Any, coding), state_bits,
     )  # fmt: skip
     shape = list(entry.shape)
-    if len(shape) < 2 and (groups or axis or entry.fold > 1 or coding == "f"):
-        raise CorruptFile(f"a tensor of shape {shape} has step groups, a fold, an axis or bit depths, allowed for matrices only")
+    if len(shape) < 2 and (groups or axis or entry.fold > 1 or coding != "u"):
+        raise CorruptFile(
+            f"a tensor of shape {shape} has step groups, a fold, an axis, a trellis or bit depths, allowed for matrices only"
+        )
+    if (coding == "t") != (state_bits > 0):
+        raise CorruptFile(f"tensor {entry.name!r} has {state_bits} state bits, which does not go with quantizer {coding!r}")
     if bool(axis) != (transform != "i" or coding == "f"):
         raise CorruptFile(f"tensor {entry.name!r} has the axis {axis!r}, which does not go with transform {transform!r}")
     if transform != "i" and not 1 <= entry.bands <= MAX_BANDS:

@@ -30,7 +30,7 @@ def run(output: Path, bits: float, progress: Callable[[str, int, int], None]) ->
     for number, rate in enumerate(rates := sorted({*RATES, bits})):
         progress("rates", number, len(rates))
         for name, calibration in (("transquant", train), ("plain rounding", None)):
-            compressed = compress(model, calibration, bits=rate)
+            compressed = compress(model, calibration, bits=rate, trellis=calibration is not None)
             if name == "transquant" and rate == bits:
                 compressed.save(output / "digits.tq")
                 compressed = load(output / "digits.tq")  # what is scored is what a receiver gets

@@ -14,11 +14,12 @@ import numpy as np
 from transquant.entropy import tables
 from transquant.errors import CorruptFile
 from transquant.records import FloatArray, IntArray, Plane
+from transquant.trellis_code import TRELLIS_CODES
 
 _R, _LEVEL, _BITS = tables.RECIPROCAL, tables.LEVEL_OF, tables.BITS_OF
 _P_MIN, _P_MAX, _LIMIT, _LOW = tables.P_MIN, tables.P_MAX, tables.COUNT_LIMIT, tables.STATE_LOW
 _UNARY, _GAMMA, _MAX, _HALF = tables.NUM_UNARY, tables.NUM_GAMMA, tables.MAX_SYMBOL, tables.P_HALF
-_ONE, _P_BITS = tables.P_ONE, tables.P_BITS
+_ONE, _P_BITS, _LEVELS = tables.P_ONE, tables.P_BITS, tables.NUM_LEVELS
 _MAX_DECISIONS = _UNARY + _GAMMA + 64  # of one symbol
 
 
@@ -28,6 +29,7 @@ class _Coder:
     def __init__(self, lanes: int, data: bytes | None = None) -> None:
         self.lanes = lanes
         self.magnitude = np.stack([tables.first_magnitude_counts() for _ in range(tables.NUM_CLASSES)])
+        self.paths = np.concatenate([tables.first_magnitude_counts()] * 2)  # of trellises: even states, then odd ones
         self.gamma = np.full((tables.NUM_CLASSES, _GAMMA, 2), 2, np.int64)
         self.start = np.full(tables.NUM_CLASSES, tables.FIRST_START, np.int64)
         self.log = np.empty(1 << 16, np.uint32)
@@ -43,7 +45,7 @@ class _Coder:
             if lanes and self.states.min() < _LOW:
                 raise CorruptFile("an initial state of a symbol section is out of range")
 
-    def plane(self, symbols: IntArray, kind: int, width: int, taps: int) -> float:
+    def plane(self, symbols: IntArray, kind: int, width: int, taps: int, state_bits: int) -> float:
         """Code one plane; `symbols` int32 (rows, columns) is read when encoding and filled when decoding.
 
         Returns its information content in bits."""
@@ -51,8 +53,8 @@ class _Coder:
             return 0.0
         signs = np.full((27, 2), 3, np.int64)
         self.log, bits = _code_plane(
-            symbols, width, taps, self.lanes, tables.column_shift(self.lanes), self.decoding,
-            self.magnitude[kind], self.gamma[kind], signs, self.start[kind : kind + 1],
+            symbols, width, taps, self.lanes, tables.column_shift(self.lanes), self.decoding, *TRELLIS_CODES[state_bits],
+            self.paths if state_bits else self.magnitude[kind], self.gamma[kind], signs, self.start[kind : kind + 1],
             self.states, self.words, self.log, self.cursor,
         )  # fmt: skip
         if self.cursor[2]:
@@ -65,20 +67,23 @@ def encode_planes(planes: Sequence[Plane], lanes: int) -> tuple[bytes, list[floa
 
     Symbols may not exceed `tables.MAX_SYMBOL` in magnitude; callers check."""
     coder = _Coder(lanes)
-    bits = [coder.plane(np.ascontiguousarray(p.symbols, np.int32), p.kind, p.width, p.taps) for p in planes]
+    bits = [coder.plane(np.ascontiguousarray(p.symbols, np.int32), p.kind, p.width, p.taps, p.state_bits) for p in planes]
     states, words = _rans_encode(coder.log, int(coder.cursor[0]), lanes)
     return states.astype("<u4").tobytes() + words.astype("<u2").tobytes(), bits
 
 
-def decode_planes(data: bytes, planes: Sequence[tuple[int, int, int, int, int]], lanes: int) -> tuple[list[IntArray], list[float]]:
-    """Symbols of the planes (rows, columns, kind, width, taps), int32 (rows, columns) each, and their information content.
+def decode_planes(
+    data: bytes, planes: Sequence[tuple[int, int, int, int, int, int]], lanes: int
+) -> tuple[list[IntArray], list[float]]:
+    """Symbols of the planes (rows, columns, kind, width, taps, state bits), int32 (rows, columns) each, and their
+    information content.
 
     Raises CorruptFile unless every byte is used and every state ends where the encoder began."""
     coder = _Coder(lanes, data)
     symbols, bits = [], []
-    for rows, columns, kind, width, taps in planes:
+    for rows, columns, *context in planes:
         plane = np.zeros((rows, columns), np.int32)
-        bits.append(coder.plane(plane, kind, width, taps))
+        bits.append(coder.plane(plane, *context))
         symbols.append(plane)
     if coder.cursor[1] != len(coder.words) or (coder.states != _LOW).any():
         raise CorruptFile("a symbol section does not end where its symbols end")
@@ -136,7 +141,7 @@ def _sign_class(value):  # type: ignore[no-untyped-def]
 
 @nb.njit(cache=True, nogil=True)
 def _code_plane(  # type: ignore[no-untyped-def]
-    q, width, taps, lanes, col_shift, decoding, magnitude, gamma, signs, start, states, words, log, cursor
+    q, width, taps, lanes, col_shift, decoding, feedback, forward, magnitude, gamma, signs, start, states, words, log, cursor
 ):
     rows, columns = q.shape
     col = np.zeros(columns, np.int64)
@@ -147,10 +152,12 @@ def _code_plane(  # type: ignore[no-untyped-def]
     high = np.zeros(lanes, np.int64)  # size >> shift
     bits_of = np.zeros(lanes, np.int64)
     active = np.zeros(lanes, np.int64)
+    path = np.zeros(lanes, np.int64)  # state of the lane's trellis
     bits = 0.0
     for first in range(0, rows, lanes):
         count = min(lanes, rows - first)
         row[:count] = start[0]
+        path[:] = 0
         for j in range(columns):
             if not decoding and cursor[0] + count * _MAX_DECISIONS > len(log):
                 grown = np.empty(2 * len(log) + count * _MAX_DECISIONS, np.uint32)
@@ -165,7 +172,7 @@ def _code_plane(  # type: ignore[no-untyped-def]
                 m = row[lane]
                 if first > 0:
                     m = (m + around) >> 1
-                level[lane] = _LEVEL[min(m, 2047)]
+                level[lane] = _LEVEL[min(m, 2047)] + _LEVELS * (path[lane] & 1)
                 s = -3
                 t = m >> 8
                 while t > 0:
@@ -282,6 +289,7 @@ def _code_plane(  # type: ignore[no-untyped-def]
                     return log, bits
                 total += size_now
                 row[lane] += ((size_now << 8) - row[lane]) >> 3
+                path[lane] = (path[lane] >> 1) ^ (feedback * (path[lane] & 1)) ^ (forward * (size_now & 1))
                 if size_now == 0:
                     continue
                 left_sign = _sign_class(q[r, j - 1]) if j > 0 and (width == 1 or j % width != 0) else 0

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from transquant.entropy import tables
 from transquant.errors import CorruptFile
 from transquant.records import IntArray
+from transquant.trellis_code import TRELLIS_CODES
 
 Int64 = NDArray[np.int64]
 
@@ -71,26 +72,38 @@ def _learn(counts: Int64, context: Int64, bit: NDArray[np.bool_]) -> None:
         counts[over] = (counts[over] + 1) >> 1
 
 
-def decode_planes(data: bytes, planes: Sequence[tuple[int, int, int, int, int]], lanes: int) -> list[IntArray]:
-    """Symbols of the planes (rows, columns, kind, width, taps), int32 (rows, columns) each.
+def decode_planes(data: bytes, planes: Sequence[tuple[int, int, int, int, int, int]], lanes: int) -> list[IntArray]:
+    """Symbols of the planes (rows, columns, kind, width, taps, state bits), int32 (rows, columns) each.
 
     Raises CorruptFile unless every byte is used and every state ends where the encoder began."""
     reader = _Reader(data, lanes)
     magnitude = [tables.first_magnitude_counts().transpose(1, 0, 2).copy() for _ in range(tables.NUM_CLASSES)]
+    paths = np.concatenate([tables.first_magnitude_counts()] * 2).transpose(1, 0, 2).copy()
     gamma = [np.full((tables.NUM_GAMMA, 2), 2, np.int64) for _ in range(tables.NUM_CLASSES)]
     start = [tables.FIRST_START] * tables.NUM_CLASSES
     result = []
-    for rows, columns, kind, width, taps in planes:
+    for rows, columns, kind, width, taps, state_bits in planes:
         plane = np.zeros((rows, columns), np.int32)
         if plane.size:
-            start[kind] = _plane(reader, plane, width, taps, lanes, magnitude[kind], gamma[kind], start[kind])
+            contexts = paths if state_bits else magnitude[kind]
+            start[kind] = _plane(reader, plane, width, taps, TRELLIS_CODES[state_bits], lanes, contexts, gamma[kind], start[kind])
         result.append(plane)
     if reader.position != len(reader.words) or (reader.states != tables.STATE_LOW).any():
         raise CorruptFile("a symbol section does not end where its symbols end")
     return result
 
 
-def _plane(reader: _Reader, q: IntArray, width: int, taps: int, lanes: int, magnitude: Int64, gamma: Int64, start: int) -> int:
+def _plane(
+    reader: _Reader,
+    q: IntArray,
+    width: int,
+    taps: int,
+    code: tuple[int, int],
+    lanes: int,
+    magnitude: Int64,
+    gamma: Int64,
+    start: int,
+) -> int:
     rows, columns = q.shape
     signs = np.full((27, 2), 3, np.int64)
     sign_class = np.zeros((columns + 1, min(lanes, rows)), np.int8)  # of this block, by column; the last row stays 0
@@ -100,6 +113,7 @@ def _plane(reader: _Reader, q: IntArray, width: int, taps: int, lanes: int, magn
         count = min(lanes, rows - first)
         everyone = np.arange(count)
         row = np.full(count, start, np.int64)
+        path = np.zeros(count, np.int64)
         earlier, sign_class = sign_class, np.zeros_like(sign_class)
         block = np.zeros((columns, count), np.int32)
         for j in range(columns):
@@ -107,10 +121,11 @@ def _plane(reader: _Reader, q: IntArray, width: int, taps: int, lanes: int, magn
             if first:
                 around = (2 * int(col[j]) + int(col[max(j - 1, 0)]) + int(col[min(j + 1, columns - 1)])) >> 2
                 m = (row + around) >> 1
-            size = _magnitudes(reader, everyone, m, magnitude, gamma)
+            size = _magnitudes(reader, everyone, m, path & 1, magnitude, gamma)
             if size.max() > tables.MAX_SYMBOL:
                 raise CorruptFile("a symbol section ends early or holds a symbol that is too large")
             row += ((size << 8) - row) >> 3
+            path = (path >> 1) ^ (code[0] * (path & 1)) ^ (code[1] * (size & 1))
             members = size.nonzero()[0]
             if members.size:
                 left = j - 1 if j > 0 and (width == 1 or j % width) else -1
@@ -129,9 +144,9 @@ def _plane(reader: _Reader, q: IntArray, width: int, taps: int, lanes: int, magn
     return start
 
 
-def _magnitudes(reader: _Reader, everyone: Int64, m: Int64, magnitude: Int64, gamma: Int64) -> Int64:
+def _magnitudes(reader: _Reader, everyone: Int64, m: Int64, odd: Int64, magnitude: Int64, gamma: Int64) -> Int64:
     """Stages 1 to 3 for one column of a block: int64 (count,)."""
-    level = _LEVEL[np.minimum(m, 2047)]
+    level = _LEVEL[np.minimum(m, 2047)] + tables.NUM_LEVELS * odd
     size = np.zeros(len(everyone), np.int64)
     members = everyone
     for k in range(tables.NUM_UNARY):

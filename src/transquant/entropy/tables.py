@@ -42,6 +42,19 @@ def first_magnitude_counts() -> np.ndarray:
     return counts
 
 
+def magnitude_laws(sizes: int) -> np.ndarray:
+    """What the levels' means let expect: probabilities of magnitudes 0, 1, …, float64 (levels, sizes), geometric laws."""
+    ratio = np.array(LEVEL_MEANS)[:, None] / (256 + np.array(LEVEL_MEANS)[:, None])
+    return np.asarray((1 - ratio) * ratio ** np.arange(sizes) + 1e-4, np.float64)
+
+
+def expected_levels(scaled: np.ndarray) -> np.ndarray:
+    """Levels of the contexts in which entries of a matrix, `scaled` in steps float64 (O, n), will be coded: uint8 (O, n)."""
+    sizes = np.floor(np.minimum(np.abs(scaled), 1e6) + 0.4)
+    mean = 128 * (sizes.mean(1, keepdims=True) + sizes.mean(0, keepdims=True))
+    return np.asarray(LEVEL_OF[np.minimum(mean, 2047).astype(np.int64)], np.uint8)
+
+
 FULL_ROWS = 512  # rows that keep a vectorised reader busy
 
 

@@ -1,18 +1,19 @@
 """Two-sided error feedback: quantize entry by entry, and let what is still free make up for what is lost.
 
-For D = tr(G E A Eᵀ), E = W − Ŵ, with A = L_a D_a L_aᵀ and G = L_g D_g L_gᵀ (unit lower triangular), the entries are
-quantized from the last to the first row and column:
+For D = tr(G E A Eᵀ), E = W − Ŵ, with A = U_a D_a U_aᵀ and G = L_g D_g L_gᵀ (unit upper and lower triangular), the entries
+are quantized from the first column to the last and from the last row to the first:
 
-    u_ij = W_ij + Σ_{k≥i, l≥j, (k,l)≠(i,j)} L_g[k,i] E[k,l] L_a[l,j]        Ŵ_ij = Q(u_ij)
+    u_ij = W_ij + Σ_{k≥i, l≤j, (k,l)≠(i,j)} L_g[k,i] E[k,l] U_a[l,j]        Ŵ_ij = Q(u_ij)
 
-so that L_gᵀ E L_a = u − Ŵ, the plain rounding error of each entry, and D = Σ D_g,i D_a,j (u − Ŵ)²_ij as if the entries
+so that L_gᵀ E U_a = u − Ŵ, the plain rounding error of each entry, and D = Σ D_g,i D_a,j (u − Ŵ)²_ij as if the entries
 were independent. (GPTQ, arXiv 2210.17323, is the one-sided case with one step; YAQA, arXiv 2505.22988, two-sided.)
 
-Blocks of 64 × 64 run in a compiled loop; what a block owes to the entries outside it comes from matrix products.
+Blocks of 128 × 128 run in a compiled loop; what a block owes to the entries outside it comes from matrix products.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numba as nb
@@ -20,19 +21,33 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from transquant.quantizers.trellis import Trellis
 from transquant.records import FloatArray, IntArray
 
-BLOCK = 64
+BLOCK = 128
 UNLIMITED = -1  # the bit depth of symbols that an entropy coder takes
 
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
     """How u becomes a symbol: magnitudes below `dead_zone` (in steps) are zero, the others round with threshold
-    `dead_zone` as well; `offsets` are the reconstruction offsets of magnitudes 1 and above, in 1/64 step."""
+    `dead_zone` as well; `offsets` are the reconstruction offsets of magnitudes 1 and above, in 1/64 step. With a trellis
+    paths decide instead of the dead zone."""
 
     dead_zone: float = 0.5
     offsets: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """What a trellis needs of a matrix: itself, which of its tensor's `rows` they are, in which column of the tensor they
+    begin; float64 (O, n), the bits that an error of one step is `worth`; uint8 (O, n), the `levels` of the coder's contexts."""
+
+    trellis: Trellis
+    rows: slice
+    first_column: int
+    worth: FloatArray
+    levels: NDArray[np.uint8]
 
 
 def quantize_feedback(
@@ -42,10 +57,11 @@ def quantize_feedback(
     input_factor: FloatArray | None,
     rounding: Rounding,
     depths: NDArray[np.int8] | None = None,
+    paths: Paths | None = None,
 ) -> tuple[IntArray, FloatArray]:
     """Quantize one matrix with two-sided feedback.
 
-    `weight` and `step_size` float64 (O, n); `output_factor` L_g (O, O) and `input_factor` L_a (n, n) unit lower
+    `weight` and `step_size` float64 (O, n); `output_factor` L_g (O, O) unit lower and `input_factor` U_a (n, n) unit upper
     triangular, None for the identity. `depths` int8 (O, n): bit depths of saturating codes (FORMAT.md section 7); None
     for symbols of any size. Returns the symbols int32 (O, n) and the error W − Ŵ float64 (O, n)."""
     rows, columns = weight.shape
@@ -53,36 +69,55 @@ def quantize_feedback(
     error = np.zeros((rows, columns))
     if depths is None:
         depths = np.broadcast_to(np.int8(UNLIMITED), weight.shape)
-    if output_factor is None and input_factor is None:
+    if output_factor is None and input_factor is None and paths is None:
         _round(weight, step_size, np.ascontiguousarray(depths), rounding.dead_zone, *_shrink(rounding), symbols, error)
         return symbols, error
     left = torch.eye(rows, dtype=torch.float64) if output_factor is None else torch.from_numpy(output_factor)
     right = torch.eye(columns, dtype=torch.float64) if input_factor is None else torch.from_numpy(input_factor)
     carried = torch.zeros(rows, columns, dtype=torch.float64)  # L_gᵀ E of the finished columns
-    for stop in range(columns, 0, -BLOCK):
-        begin = max(0, stop - BLOCK)
+    for begin, stop in _strips(columns, paths):
         inside = right[begin:stop, begin:stop].contiguous()
         base = torch.from_numpy(weight[:, begin:stop]).clone()
-        if stop < columns:
-            base += carried[:, stop:] @ right[stop:, begin:stop]
+        if begin:
+            base += carried[:, :begin] @ right[:begin, begin:stop]
         strip = torch.zeros(rows, stop - begin, dtype=torch.float64)  # E of this strip of columns
         for bottom in range(rows, 0, -BLOCK):
             top = max(0, bottom - BLOCK)
             target = base[top:bottom].clone()
             if bottom < rows:
                 target += (left[bottom:, top:bottom].T @ strip[bottom:]) @ inside
-            done = _feedback_block(
-                target.numpy(), np.ascontiguousarray(weight[top:bottom, begin:stop]),
-                np.ascontiguousarray(step_size[top:bottom, begin:stop]),
-                np.ascontiguousarray(depths[top:bottom, begin:stop]),
-                left[top:bottom, top:bottom].contiguous().numpy(), inside.numpy(),
-                rounding.dead_zone, *_shrink(rounding),
-            )  # fmt: skip
-            symbols[top:bottom, begin:stop], strip[top:bottom] = done[0], torch.from_numpy(done[1])
+            block = slice(top, bottom), slice(begin, stop)
+            own, sizes = np.ascontiguousarray(weight[block]), np.ascontiguousarray(step_size[block])
+            within = left[top:bottom, top:bottom].contiguous().numpy()
+            if paths is not None:
+                done = paths.trellis.block(
+                    target.numpy(), own, sizes, np.ascontiguousarray(paths.worth[block]), np.ascontiguousarray(paths.levels[block]),
+                    within, inside.numpy(), slice(paths.rows.start + top, paths.rows.start + bottom), _shrink(rounding),
+                )  # fmt: skip
+            else:
+                done = _feedback_block(
+                    target.numpy(), own, sizes, np.ascontiguousarray(depths[block]), within, inside.numpy(),
+                    rounding.dead_zone, *_shrink(rounding),
+                )  # fmt: skip
+            symbols[block], strip[top:bottom] = done[0], torch.from_numpy(done[1])
         error[:, begin:stop] = strip.numpy()
-        if begin:
+        if stop < columns:
             carried[:, begin:stop] = left.T @ strip
     return symbols, error
+
+
+def _strips(columns: int, paths: Paths | None) -> Iterator[tuple[int, int]]:
+    """Strips of columns, none across the end of a path."""
+    begin = 0
+    while begin < columns:
+        stop = min(begin + BLOCK, columns)
+        if paths is not None:
+            place, segment = paths.first_column + begin, paths.trellis.segment
+            if place % segment == 0:
+                paths.trellis.states[paths.rows] = 0
+            stop = min(stop, begin + segment - place % segment)
+        yield begin, stop
+        begin = stop
 
 
 def _shrink(rounding: Rounding) -> tuple[float, float]:
@@ -130,10 +165,10 @@ def _feedback_block(target, weight, step_size, depths, left, right, dead_zone, s
     error = np.zeros((rows, columns))
     carried = np.zeros((columns, rows))  # (L_gᵀ E)ᵀ of the columns done in this block
     u = np.empty(rows)
-    for j in range(columns - 1, -1, -1):
+    for j in range(columns):
         for i in range(rows):
             u[i] = target[i, j]
-        for m in range(j + 1, columns):
+        for m in range(j):
             factor = right[m, j]
             if factor != 0.0:
                 for i in range(rows):

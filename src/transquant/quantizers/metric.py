@@ -35,10 +35,10 @@ class Damping:
 
 @dataclass(frozen=True, slots=True)
 class Factor:
-    """LDLᵀ of a regularised moment of side n: `lower` unit lower triangular, one (m, m) for each diagonal block, None for a
+    """T D Tᵀ of a regularised moment of side n: `unit` unit triangular, one (m, m) for each diagonal block, None for a
     moment that is diagonal; `diagonal` float64 (n,)."""
 
-    lower: tuple[FloatArray, ...] | None
+    unit: tuple[FloatArray, ...] | None
     diagonal: FloatArray
 
 
@@ -90,8 +90,8 @@ def regularise(moment: FloatArray, amount: float) -> FloatArray:
     return moment + extra if moment.ndim == 1 else moment + extra * np.eye(moment.shape[-1])
 
 
-def factor(moment: FloatArray) -> Factor:
-    """LDLᵀ of a moment (n,), (n, n) or (b, m, m).
+def factor(moment: FloatArray, upper: bool = False) -> Factor:
+    """L D Lᵀ of a moment (n,), (n, n) or (b, m, m), or U D Uᵀ.
 
     A moment that is not positive definite in float64 gets more damping, a factor of ten at a time."""
     if moment.ndim == 1:
@@ -100,12 +100,14 @@ def factor(moment: FloatArray) -> Factor:
         return Factor(None, np.ones(moment.shape[0] if moment.ndim == 2 else moment.shape[0] * moment.shape[1]))
     extra = 0.0
     while True:
-        damped = torch.from_numpy(regularise(moment, extra) if extra else moment)
-        lower, failed = torch.linalg.cholesky_ex(damped.reshape(-1, *moment.shape[-2:]))
+        damped = torch.from_numpy(regularise(moment, extra) if extra else moment).reshape(-1, *moment.shape[-2:])
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(1, 2) if upper else damped)
         roots = torch.diagonal(lower, dim1=1, dim2=2)
         if not bool(failed.any()) and bool((roots > 0).all()) and bool(torch.isfinite(roots).all()):
-            unit = (lower / roots[:, None, :]).numpy()
-            return Factor(tuple(np.ascontiguousarray(u) for u in unit), (roots**2).reshape(-1).numpy())
+            unit = lower / roots[:, None, :]
+            if upper:
+                unit, roots = unit.flip(1, 2), roots.flip(1)
+            return Factor(tuple(np.ascontiguousarray(u) for u in unit.numpy()), (roots**2).reshape(-1).numpy())
         extra = max(10 * extra, 1e-8)
 
 

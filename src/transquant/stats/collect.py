@@ -20,14 +20,16 @@ from transquant.stats.copies import wide_copy
 from transquant.stats.metric import direction, resolve, unit
 from transquant.stats.moments import Moments, moment_shapes
 from transquant.stats.recorders import Handle, attach
-from transquant.stats.sums import Sums, layer_stats, tied_name
+from transquant.stats.sums import Sums, layer_stats, tied_name, together
 from transquant.workers import Workers
 
 Run = Callable[[nn.Module, Any], Tensor]
 Progress = Callable[[int, int], None]
 
 MAX_SIDE = 8192
-MEMORY_LIMIT = 6 << 30
+MEMORY_LIMIT = 3 << 30  # of all moments together: each fold and each thread holds as much
+MANY_FOLDS, FEW_FOLDS = 4, 2
+FEW_ABOVE = 1 << 29  # bytes of moments from which on there are few
 
 
 def collect(
@@ -40,32 +42,40 @@ def collect(
     seed: int = 0,
     max_side: int = MAX_SIDE,
     memory_limit: int = MEMORY_LIMIT,
+    shrink: bool = True,
     progress: Progress | None = None,
 ) -> Statistics:
     """Statistics of all weights and vectors of the plan.
 
     `batches` are fixed micro-batches (`modules.micro_batches`), `run(model, batch)` gives the output (N, ...). One random
-    direction a sample, one forward and one backward pass. The scale of each layer's G ⊗ A is that of E‖∇W‖².
+    direction a sample, one forward and one backward pass. The scale of each layer's G ⊗ A is that of E‖∇W‖². `shrink`: the
+    moments' eigenvalues are what other samples say (`shrinkage`); else moments are the sample's.
     Raises InputError for a model that cannot be copied or run, and for NaN or infinite activations."""
     collectors = [_Collector(wide_copy(model), plan, run, max_side, memory_limit) for _ in range(min(pool.count, len(batches)))]
     with torch.no_grad():
         metric = resolve(metric, run(collectors[0].model, batches[0]))
-    total: Sums | None = None
+    needed = sum(shape.num_bytes for shape in collectors[0].shapes.values())
+    num_folds = MANY_FOLDS if needed < FEW_ABOVE else FEW_FOLDS
+    folds: list[Sums] = []
     for first in range(0, len(batches), len(collectors)):
         chunk = list(enumerate(batches[first : first + len(collectors)], first))
         jobs = zip(collectors, chunk, strict=False)
-        for partial in pool.map(lambda job: job[0].partial(*job[1], metric, seed), jobs):
-            if total is None:
-                total = partial
+        for k, partial in enumerate(pool.map(lambda job: job[0].partial(*job[1], metric, seed), jobs), first):
+            if k < num_folds:
+                folds.append(partial)
             else:
-                total.add(partial)
+                folds[k % num_folds].add(partial)
         if progress:
             progress(min(first + len(collectors), len(batches)), len(batches))
-    assert total is not None
-    if not total.columns and not total.row_squares:
+    total = together(folds)
+    if not total.positions and not total.row_squares:
         raise InputError("calibration reached no weight of the model: is its forward a function of another object?")
+    shapes = collectors[0].shapes
     weights = [s for s in plan.specs if isinstance(s, WeightSpec)]
-    layers = {s.name: layer_stats(s, total, collectors[0].shapes[s.name]) for s in weights}
+    largest = sorted(weights, key=lambda s: -shapes[s.name].num_bytes)  # long ones first
+    found = pool.map(lambda s: layer_stats(s, folds, total, shapes[s.name], shrink), largest)
+    by_name = {s.name: layer for s, layer in zip(largest, found, strict=True)}
+    layers = {s.name: by_name[s.name] for s in weights}
     vectors = {key: (value / total.samples * total.unit).numpy() for key, value in total.vectors.items()}
     return Statistics(layers, vectors, metric, total.samples)
 

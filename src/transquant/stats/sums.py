@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from transquant.records import FloatArray, LayerStats, WeightSpec
 from transquant.stats.moments import Shape
+from transquant.stats.shrinkage import centred_sums, cross_validated, mean_moment, outer
 
 OWN_SCALE = ("attention",)  # kinds whose groups are so different in use that each has a scale of its own
 
@@ -42,20 +45,36 @@ class Sums:
         self.unit = (self.unit * self.samples + other.unit * other.samples) / (self.samples + other.samples)
         self.samples += other.samples
 
+    def without_moments(self) -> Sums:
+        """A copy of all that is small."""
+        parts = ("totals", "positions", "row_squares", "column_squares", "vectors")
+        copies = {part: {k: v.clone() for k, v in getattr(self, part).items()} for part in parts}
+        return replace(self, columns={}, rows={}, energies={k: list(v) for k, v in self.energies.items()}, **copies)
 
-def layer_stats(spec: WeightSpec, total: Sums, shape: Shape) -> LayerStats:
-    """Moments scaled so that an error that is white costs what the squared gradients say: tr A · tr G = E‖∇W‖²."""
+
+def together(folds: Sequence[Sums]) -> Sums:
+    """The sum of folds, moments left out."""
+    total = folds[0].without_moments()
+    for fold in folds[1:]:
+        total.add(fold.without_moments())
+    return total
+
+
+def layer_stats(spec: WeightSpec, folds: Sequence[Sums], total: Sums, shape: Shape, shrink: bool = True) -> LayerStats:
+    """Moments scaled so that an error that is white costs what the squared gradients say: tr A · tr G = E‖∇W‖².
+
+    `folds`: sums over parts of the samples; `total`: theirs `together`; `shrink`: eigenvalues by cross-validation."""
     name = spec.name
-    if name in total.columns:
-        input_moment, output_moment = _moments(name, total)
+    if name in total.positions:
+        input_moment, output_moment = _moments(name, folds, shrink)
         for other in dict.fromkeys(tied_name(name, use.kind) for use in spec.tied):
-            if other in total.columns:
-                input_moment, output_moment = both(input_moment, output_moment, *_moments(other, total))
+            if other in total.positions:
+                input_moment, output_moment = both(input_moment, output_moment, *_moments(other, folds, shrink))
     elif name in total.row_squares:
         input_moment, output_moment = total.column_squares[name].numpy(), total.row_squares[name].numpy()
     else:  # never reached
         return LayerStats(np.zeros((shape.groups, shape.columns)), np.zeros((shape.groups, shape.rows)), 0, 0.0, 0.0)
-    if spec.rescaled and name in total.columns:
+    if spec.rescaled and name in total.positions:
         output_moment = rescaled_rows(output_moment, total.row_squares[name].numpy())
     energies = np.array(total.energies[name])  # (micro-batches, g)
     energy = float(energies.sum(1).mean())
@@ -76,11 +95,20 @@ def tied_name(name: str, kind: str) -> str:
     return f"{name} as {kind}"
 
 
-def _moments(name: str, total: Sums) -> tuple[FloatArray, FloatArray]:
+def _moments(name: str, folds: Sequence[Sums], shrink: bool) -> tuple[FloatArray, FloatArray]:
     """Moments of the columns, a mean over positions, and of the rows, a sum over those of a sample."""
-    moment = total.columns[name]
-    positions = total.positions[name].clamp(min=1).reshape(-1, *(1,) * (moment.ndim - 1))
-    return (moment / positions).numpy(), (total.rows[name] / total.samples).numpy()
+    seen = [h for h in folds if name in h.columns]
+    positions = [h.positions[name] for h in seen]
+    samples = [torch.full_like(p, h.samples) for h, p in zip(seen, positions, strict=True)]
+    columns, rows = [h.columns[name] for h in seen], [h.rows[name] for h in seen]
+    estimate = cross_validated if shrink else mean_moment
+    if not shrink or name not in seen[0].totals or columns[0].ndim == 2:
+        return estimate(columns, positions).numpy(), estimate(rows, samples).numpy()
+    totals = [h.totals[name] for h in seen]
+    mean = mean_moment(totals, positions)
+    centred = [centred_sums(c, t, p, mean) for c, t, p in zip(columns, totals, positions, strict=True)]
+    moment = estimate(centred, positions) + outer(mean.reshape(columns[0].shape[:-1]))
+    return moment.numpy(), estimate(rows, samples).numpy()
 
 
 def both(a: FloatArray, g: FloatArray, b: FloatArray, h: FloatArray) -> tuple[FloatArray, FloatArray]:

@@ -1,0 +1,148 @@
+"""Trellis-coded quantization inside the feedback: the best path of many, each with its own error history.
+
+Two scalar quantizers share the symbols: Q0 rebuilds k as k steps, Q1 as k − sign(k)/2 steps. Which of them an entry uses
+is the lowest bit of a state, and the parity of its symbol moves the state along a convolutional code (FORMAT.md section
+3), so that together they reach the points of a lattice twice as fine, at the rate of one of them (Marcellin & Fischer,
+IEEE Trans. Commun. 38(1), 1990; codes: Ungerboeck, IEEE Trans. Inf. Theory 28(1), 1982; with an entropy coder behind:
+Fischer & Wang, IEEE Trans. Inf. Theory 38(2), 1992). A row of the matrix is a path. The Viterbi algorithm keeps one survivor a
+state, each with what its own errors ask of the entries still to come (per-survivor processing), and weighs distortion
+against the code length that an adaptive model predicts. After a block of columns the best survivor is taken.
+"""
+
+from __future__ import annotations
+
+import numba as nb
+import numpy as np
+from numpy.typing import NDArray
+
+from transquant.records import FloatArray, IntArray
+from transquant.trellis_code import TRELLIS_CODES
+
+SIZES = 24  # magnitudes whose code length is modelled one by one
+PRIOR = 4.0  # how many symbols the first code lengths are worth
+REFRESH = 8  # rows of a block after which code lengths are taken from the counts again
+NEVER = 1e300
+
+
+class Trellis:
+    """The trellis of one tensor while its blocks pass: states of its rows, and the code lengths as they adapt.
+
+    `state_bits`: log2 of the number of states; `segment`: columns after which the paths begin again in state 0; `laws`
+    float64 (levels, `SIZES`): what to expect first, probabilities of the magnitudes by context level."""
+
+    def __init__(self, state_bits: int, rows: int, segment: int, laws: FloatArray) -> None:
+        self.codes, self.num_states, self.segment = TRELLIS_CODES[state_bits], 1 << state_bits, segment
+        self.states = np.zeros(rows, np.int64)
+        self.counts = np.stack([PRIOR * laws] * 2)
+        self.bits = np.empty_like(self.counts)
+        _code_lengths(self.counts, self.bits)
+
+    def block(
+        self, target: FloatArray, weight: FloatArray, step_size: FloatArray, worth: FloatArray, levels: NDArray[np.uint8],
+        left: FloatArray, right: FloatArray, rows: slice, offsets: tuple[float, float],
+    ) -> tuple[IntArray, FloatArray]:  # fmt: skip
+        """Symbols and errors of one block, of these `rows` of the tensor."""
+        done: tuple[IntArray, FloatArray] = _trellis_block(
+            target, weight, step_size, worth, levels, left, right, self.states[rows], *self.codes, self.num_states, *offsets,
+            self.counts, self.bits,
+        )  # fmt: skip
+        return done
+
+
+@nb.njit(cache=True, nogil=True)
+def _code_lengths(counts, bits):  # type: ignore[no-untyped-def]
+    for z in range(2):
+        for level in range(counts.shape[1]):
+            total = counts[z, level].sum()
+            for a in range(SIZES):
+                bits[z, level, a] = np.log2(total / counts[z, level, a]) + (1.0 if a else 0.0)
+
+
+@nb.njit(cache=True, nogil=True, inline="always")
+def _length(bits, a):  # type: ignore[no-untyped-def]
+    return bits[a] if a < SIZES else bits[SIZES - 1] + 0.1 * (a - SIZES + 1)
+
+
+@nb.njit(cache=True, nogil=True, inline="always")
+def _size(a, odd, shrink_one, shrink_more):  # type: ignore[no-untyped-def]
+    """|value| of magnitude a in steps."""
+    if a == 0:
+        return 0.0
+    return a - 0.5 * odd - (shrink_one if a == 1 else shrink_more)
+
+
+@nb.njit(cache=True, nogil=True)
+def _trellis_block(  # type: ignore[no-untyped-def]
+    target, weight, step_size, worth, levels, left, right, states, feedback, forward, num_states, shrink_one, shrink_more,
+    counts, bits,
+):  # fmt: skip
+    rows, columns = target.shape
+    symbols = np.zeros((rows, columns), np.int32)
+    error = np.zeros((rows, columns))
+    carried = np.zeros((rows, columns))  # E L_a of the rows done in this block
+    want, new_want = np.empty((num_states, columns)), np.empty((num_states, columns))  # u of each survivor
+    cost, new_cost = np.empty(num_states), np.empty(num_states)
+    parent = np.empty((columns, num_states), np.int64)
+    symbol = np.empty((columns, num_states), np.int32)
+    for i in range(rows - 1, -1, -1):
+        start = states[i]
+        for j in range(columns):
+            want[start, j] = target[i, j]
+        for k in range(i + 1, rows):
+            factor = left[k, i]
+            if factor != 0.0:
+                for j in range(columns):
+                    want[start, j] += factor * carried[k, j]
+        cost[:] = NEVER
+        cost[start] = 0.0
+        for j in range(columns):
+            new_cost[:] = NEVER
+            step, price = step_size[i, j], worth[i, j]
+            for s in range(num_states):
+                if cost[s] >= NEVER:
+                    continue
+                scaled = want[s, j] / step
+                size = min(abs(scaled), 1048000.0)
+                odd = s & 1
+                lengths = bits[odd, levels[i, j]]
+                nothing = cost[s] + price * size * size + lengths[0]
+                for parity in range(2):
+                    a = 2 * int(np.floor((size + 0.5 * odd - parity) / 2 + 0.5)) + parity
+                    if a < 0:
+                        a = 1
+                    gap = size - _size(a, odd, shrink_one, shrink_more)
+                    value = cost[s] + price * gap * gap + _length(lengths, a)
+                    if parity == 0 and nothing < value:
+                        value, a = nothing, 0
+                    to = (s >> 1) ^ (odd * feedback) ^ (parity * forward)
+                    if value < new_cost[to]:
+                        new_cost[to] = value
+                        parent[j, to] = s
+                        symbol[j, to] = -a if scaled < 0 else a
+            for s in range(num_states):
+                if new_cost[s] >= NEVER:
+                    continue
+                before = parent[j, s]
+                k = symbol[j, s]
+                value = _size(abs(k), before & 1, shrink_one, shrink_more) * step
+                e = weight[i, j] - (-value if k < 0 else value)
+                for m in range(j + 1, columns):
+                    new_want[s, m] = want[before, m] + right[j, m] * e
+            want, new_want = new_want, want
+            cost, new_cost = new_cost, cost
+        last = np.argmin(cost)
+        states[i] = last
+        s = int(last)
+        for j in range(columns - 1, -1, -1):
+            k = symbol[j, s]
+            s = parent[j, s]
+            value = _size(abs(k), s & 1, shrink_one, shrink_more) * step_size[i, j]
+            symbols[i, j] = k
+            e = weight[i, j] - (-value if k < 0 else value)
+            error[i, j] = e
+            counts[s & 1, levels[i, j], min(abs(k), SIZES - 1)] += 1.0
+            for m in range(j, columns):
+                carried[i, m] += right[j, m] * e
+        if i % REFRESH == 0:
+            _code_lengths(counts, bits)
+    return symbols, error
