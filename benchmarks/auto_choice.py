@@ -5,7 +5,7 @@
 
 For each network and rate: a file without transforms of that many bits a parameter, with its predicted distortion; the
 transforms are chosen at its scalar c; then the file with transforms of the same predicted distortion (within 0.02 %, the rest by
-the slope of the rate). One choice of damping, groups and dead zone a network, nothing tuned, no test data. The report's gains,
+the slope of the rate). Default damping and groups, nothing tuned, no test data. The report's gains,
 bits a value at equal distortion, add up to "reported". Writes auto_choice.json and the table in docs/transforms.md.
 """
 
@@ -24,16 +24,15 @@ import torch
 from main_job import TITLES, folds
 from networks import after_warm_up, characters, network
 from pages import insert_table
-from paper_table import DAMPINGS
 from transquant import codec, modules
 from transquant.allocation.search import Closest, meet_size
 from transquant.choices import Choice, Method
 from transquant.encoder import Draft, Encoder, Source
-from transquant.quantizers.metric import Damping
 from transquant.transform_choice import choose_transforms, transforms_of
 from transquant.workers import workers
 
-CHOICES = {name: Choice(damping) for name, damping in {**DAMPINGS, "charrnn": Damping(0.2, 1.0)}.items()}
+NETWORKS = ("charrnn", "resnet20", "squeezenet", "mobilenet")
+STATES = codec.STATE_BITS
 BITS = (1.0, 1.5, 2.0, 3.0, 4.0)
 EQUAL = 2e-4  # natural logarithm of a ratio of distortions
 Row = dict[str, Any]
@@ -41,7 +40,7 @@ Row = dict[str, Any]
 
 def run(name: str, known: Callable[[float], bool]) -> Iterator[Row]:
     """The rows of a network that are not known yet."""
-    model, choice = network(name), CHOICES[name]
+    model, choice = network(name), Choice()
     text = name == "charrnn"
     calibration = characters(0.0, last=0.1)[:, :-1] if text else folds(name)[0][0]
     module, state, plan = codec._open(model, None)
@@ -49,13 +48,13 @@ def run(name: str, known: Callable[[float], bool]) -> Iterator[Row]:
     with workers() as pool:
         output = after_warm_up if text else None
         stats, _ = codec._calibrate(module, calibration, plan, source, "auto", None, output, 0, pool, lambda *_: None)
-        identity = Encoder(plan, source, stats, pool, Method("identity"))
+        identity = Encoder(plan, source, stats, pool, Method("identity", state_bits=STATES))
         for bits in BITS:
             if known(bits):
                 continue
             without = of_size(identity, choice, bits * plan.num_parameters / 8)
             size = len(identity.encode(without).data)
-            auto = Encoder(plan, source, stats, pool, Method("auto"))
+            auto = Encoder(plan, source, stats, pool, Method("auto", state_bits=STATES))
             chosen = choose_transforms(auto, without.c, choice)
             auto = auto.transformed(transforms_of(chosen))
             equal = of_distortion(auto, choice, without)
@@ -109,7 +108,7 @@ def main() -> None:
     path = Path(__file__).with_suffix(".json")
     rows: list[Row] = json.loads(path.read_text())["rows"] if path.exists() else []
     machine = {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    for name in sys.argv[1:] or CHOICES:
+    for name in sys.argv[1:] or NETWORKS:
         done = {r["bits"] for r in rows if r["network"] == name}
         for row in run(name, done.__contains__):
             rows.append(row)

@@ -5,7 +5,7 @@
 
 Identity, KLT and ELT over the input channels (the paper's main setting), fixed-length codes with integer depths or entropy-
 coded steps, each coefficient rounded on its own (as published) or with feedback. Each at 1 … 4 bits a parameter of the
-*whole file*; a second table compares at equal rate with the bases left out of the count. One damping for each network,
+*whole file*; a second table compares at equal rate with the bases left out of the count. One damping for all,
 nothing tuned. ResNet-20: 2,048 training images, scored on all test images. SqueezeNet and
 MobileNetV1: calibrated on one half of the sample, scored on the other. Writes paper_table.json, docs/transforms.md's table and
 docs/transforms.png.
@@ -33,11 +33,10 @@ from transquant import codec, modules
 from transquant.allocation.search import Closest, meet_size
 from transquant.choices import Choice, Method
 from transquant.encoder import Draft, Encoder, Source
-from transquant.quantizers.metric import Damping
 from transquant.transform_choice import choose_transforms, transforms_of
 from transquant.workers import workers
 
-DAMPINGS = {"resnet20": Damping(0.05, 0.2), "squeezenet": Damping(0.2, 1.0), "mobilenet": Damping(0.2, 1.0)}
+NETWORKS = ("resnet20", "squeezenet", "mobilenet")
 BITS = (1.0, 1.5, 2.0, 3.0, 4.0)
 TRANSFORMS, CODINGS, LOOPS = ("identity", "klt", "elt"), ("fixed", "entropy"), (False, True)
 AXIS = "input"
@@ -75,7 +74,7 @@ def run(name: str, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
     reference = logits(model, images, 100)
     module, state, plan = codec._open(model, None)
     source = Source(*modules.gather(plan, state))
-    choice = Choice(DAMPINGS[name])
+    choice = Choice()
     with workers() as pool:
         stats, _ = codec._calibrate(module, calibration, plan, source, "auto", None, None, 0, pool, lambda *_: None)
         for transform, coding, feedback, bits in left:
@@ -183,7 +182,7 @@ def main() -> None:
     path = Path(__file__).with_suffix(".json")
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     machine = {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    for name in sys.argv[1:] or DAMPINGS:
+    for name in sys.argv[1:] or NETWORKS:
         for row in run(name, {key(r) for r in rows}):
             rows.append(row)
             print(json.dumps(row), file=sys.stderr, flush=True)

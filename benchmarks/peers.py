@@ -47,10 +47,10 @@ QPS = {
     "charrnn": range(-40, -8),
 }  # fine to coarse, around the scores that are compared  # fmt: skip
 BITS = {
-    "resnet20": (0.7, 0.85, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0),
-    "squeezenet": tuple(np.arange(1.25, 4.3, 0.25).tolist()),
-    "mobilenet": tuple(np.arange(2.25, 5.8, 0.25).tolist()),
-    "charrnn": (1.25, 1.5, 2.0, 2.5, 3.0, 3.5),
+    "resnet20": (0.6, 0.7, 0.85, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5),
+    "squeezenet": (1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.75),
+    "mobilenet": (2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75, 4.0, 4.25, 5.0),
+    "charrnn": (1.0, 1.25, 1.5, 2.0, 2.5, 3.0),
 }
 PLAIN = {
     "resnet20": (2.0, 2.5, 3.0, 3.5, 4.0), "squeezenet": (2.5, 3.0, 3.5, 4.0, 5.0, 6.0),

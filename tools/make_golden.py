@@ -2,7 +2,7 @@
 
     python tools/make_golden.py
 
-`version1` is what 0.1 wrote, `version1_transforms` and `version1_fixed` what 0.2 added. Once released they stay as they
+`version1` is what 0.1 wrote, `version1_transforms`, `version1_fixed` and `version1_trellis` what 0.2 added. Once released they stay as they
 are for ever: files that exist are left alone.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from transquant import codec, modules
 from transquant.choices import Choice, LayerTransform, Method
 from transquant.encoder import Encoder, Source
 from transquant.stats import collect
+from transquant.trellis_code import TRELLIS_CODES
 from transquant.workers import workers
 
 FOLDER = Path(__file__).resolve().parents[1] / "tests" / "golden"
@@ -94,10 +96,28 @@ def transformed(coding: str) -> bytes:
         return encoder.encode(encoder.draft(2.0**-13, Choice())).data
 
 
+def trellis() -> bytes:
+    """A trellis of each number of states, and none, with every transform."""
+    torch.manual_seed(0)
+    model, images = Transformed().eval(), torch.randn(64, 3, 12, 12)
+    _, state, plan = codec._open(model, None)
+    with workers() as pool:
+        stats = collect(model, list(images.split(32)), plan, lambda m, batch: m(batch), pool)
+        source, drafts = Source(*modules.gather(plan, state)), []
+        for bits in TRELLIS_CODES:
+            drafts.append(Encoder(plan, source, stats, pool, Method(state_bits=bits), TRANSFORMS).draft(2.0**-13, Choice()))
+        weights = [name for name in drafts[0].coded if name.endswith("weight")]
+        coded = dict(drafts[0].coded) | {name: d.coded[name] for name, d in zip(weights, drafts, strict=True)}
+        entries = tuple(coded[e.name].entry if e.name in coded else e for e in drafts[0].entries)
+        mixed = replace(drafts[0], entries=entries, coded=coded)
+        return Encoder(plan, source, stats, pool).encode(mixed).data
+
+
 FILES = {
     "version1": everything,
     "version1_transforms": lambda: transformed("entropy"),
     "version1_fixed": lambda: transformed("fixed"),
+    "version1_trellis": trellis,
 }
 
 

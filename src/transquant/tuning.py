@@ -73,11 +73,8 @@ class Tuner:
 
 def choose(tuner: Tuner, start: float, work: float, trellis: bool, progress: Callable[[int, int], None]) -> tuple[Choice, float]:
     """The best choice found, and its c. `work`: multiply–adds of one quantization pass; `trellis`: whether there is one."""
-    best = Choice(Damping(0.02, 0.05))
-    rounds: list[Callable[[Choice], Sequence[Choice]]] = [
-        lambda b: list(_neighbours(b)),
-        lambda b: list(_neighbours(b)),
-    ]
+    best = Choice()
+    rounds: list[Callable[[Choice], Sequence[Choice]]] = [lambda b: list(_neighbours(b))]
     if work <= HUGE:
         rounds += [lambda b: list(_neighbours(b))]
     if work <= LARGE:
@@ -85,7 +82,6 @@ def choose(tuner: Tuner, start: float, work: float, trellis: bool, progress: Cal
             lambda b: [replace(b, grouping=g) for g in GROUPINGS],
             lambda b: list(_leanings(b, trellis)),
             lambda b: [replace(b, damping=replace(b.damping, noise=n)) for n in (0.0, 0.3)],
-            lambda b: list(_neighbours(b)),
         ]
     for number, candidates in enumerate(rounds):
         progress(number, len(rounds))

@@ -27,8 +27,8 @@ LEAST_SPREAD = 1e-6  # of the inputs around their mean, relative to their energy
 class Damping:
     """Relative dampings: A + α ā I, G + γ ḡ I; `noise` scales τ, `wiener` says whether weights are filtered too."""
 
-    alpha: float = 0.05
-    gamma: float = 0.2
+    alpha: float = 0.02
+    gamma: float = 0.05
     noise: float = 1.0
     wiener: bool = False
 
