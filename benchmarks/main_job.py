@@ -58,7 +58,10 @@ def run(name: str, bits: float, calibrated: bool, data: list[Fold]) -> dict[str,
     for calibration, images, labels in data:
         reference = logits(model, images, 100)
         start = time.perf_counter()
-        compressed = tq.compress(model, calibration if calibrated else None, bits=bits, trellis=calibrated)
+        if calibrated:
+            compressed = tq.compress(model, calibration, bits=bits)
+        else:
+            compressed = tq.compress(model, bits=bits, transform="identity", trellis=False)
         seconds.append(time.perf_counter() - start)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "net.tq"

@@ -139,9 +139,9 @@ def test_tied_and_shared_layers_of_new_kinds():
 def test_half_precision(name, dtype):
     """Statistics and measures on a float32 copy; the file keeps the dtype, and so does the network."""
     model, samples = make(name, 160)
-    wide = tq.compress(model, samples, bits=6.0, effort=1)
+    wide = tq.compress(model, samples, bits=4.5, effort=1)  # coarse enough that half precision's own rounding is nothing
     half = copy.deepcopy(model).to(dtype)
-    compressed = tq.compress(half, samples, bits=6.0, effort=1)
+    compressed = tq.compress(half, samples, bits=4.5, effort=1)
     assert {t.dtype for t in compressed.state_dict().values() if t.is_floating_point()} == {dtype}
     assert all(p.dtype == dtype for p in half.parameters())
     if dtype == torch.float16:  # the 8 bits of the other are themselves a distortion

@@ -54,6 +54,15 @@ def test_size_window_on_a_larger_network(tmp_path):
         assert 0.99 * target - 1 <= size <= target
 
 
+def test_step_indices_that_move_with_c_leave_no_gap(tmp_path):
+    """One layer has nearly all the weights: where its step index jumps, so does the size."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(200, 60), nn.ReLU(), nn.Linear(60, 4)).eval()
+    data = torch.randn(60, 200)
+    for size in range(1000, 1400, 25):
+        assert 0.99 * size - 64 <= len(tq.compress(model, data, size=size, effort=1).data) <= size
+
+
 def test_distortion_is_kept_and_not_wasted(small, samples):
     found = tq.compress(small, samples, distortion=0.05)
     assert 0.02 <= found.report.measured_distortion <= 0.05

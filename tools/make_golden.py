@@ -2,8 +2,8 @@
 
     python tools/make_golden.py
 
-`version1` is what 0.1 wrote, `version1_transforms`, `version1_fixed` and `version1_trellis` what 0.2 added. Once released they stay as they
-are for ever: files that exist are left alone.
+`version1` is what 0.1 wrote, `version1_transforms`, `version1_fixed` and `version1_trellis` what 0.2 added. Once released they
+stay as they are for ever: files that exist are left alone.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -56,7 +57,7 @@ class TargetSearch:
             start = self._start(self.target.value)
             self._choose_transforms(self._rough(choice, start), choice)
             choice, start = self._tuned(choice, self.target.value, start)
-            return self._meet_bytes(choice, start), choice
+            return self._meet_bytes(choice, start)
         draft = self._meet_quality(choice, self.encoder.first_guess(self.num_values / 4))
         self._choose_transforms(draft.c, choice)
         tuned, start = self._tuned(choice, self.size(draft), draft.c)
@@ -99,7 +100,7 @@ class TargetSearch:
     def _distortion(self, draft: Draft) -> float:
         return self.reference.distortion(draft.state()) if self.reference else draft.predicted
 
-    def _meet_bytes(self, choice: Choice, start: float) -> Draft:
+    def _meet_bytes(self, choice: Choice, start: float) -> tuple[Draft, Choice]:
         closest: Closest[Draft] = Closest(self.target.value)
         tries = 0
 
@@ -110,14 +111,19 @@ class TargetSearch:
             draft = self.encoder.draft(c, choice)
             return closest.offer(draft, self.size(draft))
 
-        found = meet_size(size_of, self.target.value, 0.4 * self.target.slack, start, self.num_values / 10)
+        slack = 0.4 * self.target.slack
+        found = meet_size(size_of, self.target.value, slack, start, self.num_values / 10, max_steps=14)
+        if not found.feasible or found.value < self.target.value - slack:
+            # the regularisation moves with c and takes a layer's step index with it: sizes have gaps until it is held fast
+            choice = replace(choice, level=found.c)
+            found = meet_size(size_of, self.target.value, slack, found.c, self.num_values / 10)
         if closest.item is None or not found.feasible:
             raise TargetError(
                 f"a file of {self.target.value:.0f} bytes cannot be reached: the smallest found takes {found.value:.0f} bytes"
             )
         if found.value < self.target.value - self.target.slack:
             _log.warning("the finest file has %d bytes; %d were allowed", found.value, self.target.value)
-        return closest.item
+        return closest.item, choice
 
     def _meet_quality(self, choice: Choice, start: float) -> Draft:
         """The coarsest draft within the allowed distortion or drop."""

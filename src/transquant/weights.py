@@ -77,7 +77,7 @@ def code_weight(
     """Quantize one weight, float64 (O, n), whose `stats` are not all zero. `step`: the global step on the format's grid."""
     moments = [_live(stats, k) for k in range(len(stats.input_moment))]
     variance = float(np.mean(weight**2))
-    damped = [_regularised(a, g, variance, c, choice.damping) for a, g in moments]
+    damped = [_regularised(a, g, variance, choice.level or c, choice.damping) for a, g in moments]
     coding = "f" if method.coding == "fixed" else "u"
     entry = CodedEntry(spec.name, spec.shape, spec.dtype, transform=transform.kind, axis=transform.axis, coding=coding)  # type: ignore[arg-type]
     part = _fixed if coding == "f" else _entropy_coded
@@ -192,6 +192,8 @@ def _live(stats: LayerStats, group: int) -> tuple[FloatArray, FloatArray]:
 
 
 def _regularised(a: FloatArray, g: FloatArray, variance: float, c: float, damping: Damping) -> tuple[FloatArray, FloatArray]:
+    if a.ndim == g.ndim == 1:  # no feedback, no noise to keep in bounds
+        damping = replace(damping, noise=0.0)
     noise = noise_level(damping, c * c / 12, variance, mean_diagonal(a), mean_diagonal(g))
     return regularise(a, damping.alpha + noise), regularise(g, damping.gamma + noise)
 

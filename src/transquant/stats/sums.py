@@ -47,9 +47,10 @@ class Sums:
 
     def without_moments(self) -> Sums:
         """A copy of all that is small."""
-        parts = ("totals", "positions", "row_squares", "column_squares", "vectors")
-        copies = {part: {k: v.clone() for k, v in getattr(self, part).items()} for part in parts}
-        return replace(self, columns={}, rows={}, energies={k: list(v) for k, v in self.energies.items()}, **copies)
+        copied = [{k: v.clone() for k, v in part.items()} for part in (self.totals, self.positions, self.vectors)]
+        squares = [{k: v.clone() for k, v in part.items()} for part in (self.row_squares, self.column_squares)]
+        energies = {k: list(v) for k, v in self.energies.items()}
+        return Sums({}, {}, copied[0], copied[1], *squares, energies, copied[2], self.samples, self.unit)
 
 
 def together(folds: Sequence[Sums]) -> Sums:
