@@ -47,10 +47,14 @@ class Sums:
 
     def without_moments(self) -> Sums:
         """A copy of all that is small."""
-        copied = [{k: v.clone() for k, v in part.items()} for part in (self.totals, self.positions, self.vectors)]
-        squares = [{k: v.clone() for k, v in part.items()} for part in (self.row_squares, self.column_squares)]
-        energies = {k: list(v) for k, v in self.energies.items()}
-        return Sums({}, {}, copied[0], copied[1], *squares, energies, copied[2], self.samples, self.unit)
+        return Sums(
+            {}, {}, _copy(self.totals), _copy(self.positions), _copy(self.row_squares), _copy(self.column_squares),
+            {k: list(v) for k, v in self.energies.items()}, _copy(self.vectors), self.samples, self.unit,
+        )  # fmt: skip
+
+
+def _copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def together(folds: Sequence[Sums]) -> Sums:
