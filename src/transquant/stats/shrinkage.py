@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-MAX_SIDE = 4608  # above it the eigenvectors take too long: sample moments stay as they are
+MAX_SIDE = 4608  # above it eigenvectors take minutes: sample moments stay as they are
 
 
 def mean_moment(sums: Sequence[Tensor], counts: Sequence[Tensor]) -> Tensor:
