@@ -29,7 +29,8 @@ def run(bits: float, calibrated: bool) -> dict[str, Any]:
     model, scored = network("charrnn"), characters(0.5, 64)
     calibration = characters(0.0, last=0.1)[:, :-1] if calibrated else None
     start = time.perf_counter()
-    compressed = tq.compress(model, calibration, bits=bits, output=after_warm_up)
+    options = {"output": after_warm_up} if calibrated else {"transform": "identity", "trellis": False}
+    compressed = tq.compress(model, calibration, bits=bits, **options)
     seconds = time.perf_counter() - start
     decoded = compressed.install(copy.deepcopy(model))
     score, float_score = bits_per_character(decoded, scored), bits_per_character(model, scored)
