@@ -45,20 +45,18 @@ PACKED = LayerTransform("i", "c")
 @dataclass(frozen=True, slots=True)
 class Choice:
     """What the held-back samples decide: the regularisation of the metric, the step groups, and how rounding leans to zero:
-    by a dead zone or, in a trellis, by the weight of a bit, in units of λ. `level`: the scalar c whose water level the
+    by a dead zone or, in a trellis, by the weight of a bit, in units of λ, and how far values shrink to their centroids. `level`: the scalar c whose water level the
     regularisation supposes; 0 for each draft's own."""
 
     damping: Damping = field(default_factory=Damping)
     grouping: Grouping = field(default_factory=Grouping)
     dead_zone: float = 0.6
     rate: float = 0.5
-    offset: int = -6
+    shrink: float = 0.5
     level: float = 0.0
 
-    def rounding(self, method: Method) -> Rounding:
-        """Magnitudes are rebuilt in the middle of their bins, [k − 1 + dead zone, k + dead zone). Centroids, which the mean
+    def rounding(self) -> Rounding:
+        """Without a trellis: magnitudes are rebuilt in the middle of their bins, [k − 1 + dead zone, k + dead zone). Centroids, which the mean
         square asks for, shrink every layer a little, and that hurts the network more than it saves."""
-        if method.state_bits:
-            return Rounding(offsets=(self.offset, self.offset))
         offset = -round(64 * (self.dead_zone - 0.5))
         return Rounding(self.dead_zone, (offset, offset))

@@ -54,9 +54,9 @@ def dequantize(
 ) -> NDArray[np.float32]:
     """Values float32 of symbols int32 (rows, columns): integers below 2^53 times a power of two, rounded once.
 
-    `offsets`: reconstruction offsets of magnitudes 1 and above, 1/64 step toward zero; `odd`: where a trellis takes off half
-    a step more. Raises CorruptFile where a
-    value does not fit float32. Works block by block: the integers take many times the memory of the values."""
+    `offsets`: reconstruction offsets of magnitudes 1 and above, 1/64 step toward zero. `odd`: where the state of a trellis is
+    odd; symbol k then stands for k + 1/4 steps or its negative, and the offsets are those of 0 and of all others. Raises
+    CorruptFile where a value does not fit float32. Works block by block: the integers take many times the memory of the values."""
     values = np.empty(symbols.shape, np.float32)
     rows = max(_BLOCK // max(symbols.shape[1], 1), 1)
     for first in range(0, symbols.shape[0], rows):
@@ -72,10 +72,13 @@ def dequantize(
 def _dequantize(
     symbols: IntArray, step: tuple[int, int], t: NDArray[np.int64], offsets: tuple[int, int], odd: NDArray[np.bool_] | None
 ) -> NDArray[np.float32]:
-    size = np.abs(symbols.astype(np.int64))
-    shrunk = 64 * size - np.where(size > 1, offsets[1], np.where(size == 1, offsets[0], 0))
-    if odd is not None:
-        shrunk -= 32 * odd
-    product = np.sign(symbols) * shrunk * (step[0] * QUARTERS[t & 3])
+    wide = symbols.astype(np.int64)
+    size = np.abs(wide)
+    if odd is None:
+        value = np.sign(wide) * (64 * size - np.where(size > 1, offsets[1], np.where(size == 1, offsets[0], 0)))
+    else:
+        value = 64 * wide + 16 - np.where(wide == 0, offsets[0], np.sign(wide) * offsets[1])
+        value = np.where(odd, -value, value)
+    product = value * (step[0] * QUARTERS[t & 3])
     with np.errstate(over="ignore", under="ignore"):
         return np.ldexp(product.astype(np.float64), step[1] + (t >> 2) - 20).astype(np.float32)  # type: ignore[no-any-return]

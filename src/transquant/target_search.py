@@ -21,6 +21,7 @@ from transquant.tuning import Tuner, choose
 _log = logging.getLogger("transquant")
 
 COARSEST = 2.0**100  # a scalar c at which every symbol is zero
+FAITHFUL = Choice(rate=1.0, shrink=1.0)  # where the weights' own error is the metric, theory holds to the letter
 ROUGH = 0.05  # of the target's size: near enough to choose transforms
 
 Progress = Callable[[str, int, int], None]
@@ -49,7 +50,7 @@ class TargetSearch:
 
     def run(self) -> tuple[Draft, Choice]:
         """The final draft and what was chosen for it."""
-        choice = Choice()
+        choice = Choice() if self.reference else FAITHFUL
         if self.target.kind == "step":
             self._choose_transforms(self.target.value, choice)
             return self.encoder.draft(self.target.value, choice), choice

@@ -2,7 +2,7 @@
 
     next state = (state >> 1) ^ (feedback where state is odd) ^ (forward where the symbol is odd)
 
-Even states rebuild symbol k as k steps, odd ones as k − sign(k)/2 steps.
+Even states rebuild symbol k as k + 1/4 steps, odd ones as −k − 1/4 steps.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ DAMPINGS = (
 )  # fmt: skip
 GROUPINGS = (Grouping("rc", 0.5), Grouping("r", 0.5), Grouping("", 0.0), Grouping("rc", 1.0), Grouping("r", 1.0))
 DEAD_ZONES = (0.5, 0.55, 0.6, 0.65)
-LEANS = ((0.2, 0), (0.2, -4), (0.5, 0), (0.5, -12), (0.8, -6))  # of a trellis: weight of a bit, reconstruction offset
+LEANS = ((0.25, 0.25), (0.5, 0.0), (0.5, 1.0), (1.0, 0.5), (1.0, 1.0))  # of a trellis: weight of a bit, shrinkage
 ROUGH = 0.02  # candidates are compared at the same size within this share; what is left is corrected by the rate's slope
 
 # multiply–adds of a quantization pass above which fewer candidates are tried; a rule on work, not on time, keeps files
@@ -97,7 +97,7 @@ def choose(tuner: Tuner, start: float, work: float, trellis: bool, progress: Cal
 def _leanings(choice: Choice, trellis: bool) -> Iterator[Choice]:
     """Other ways to lean to zero."""
     if trellis:
-        yield from (replace(choice, rate=rate, offset=offset) for rate, offset in LEANS)
+        yield from (replace(choice, rate=rate, shrink=shrink) for rate, shrink in LEANS)
     else:
         yield from (replace(choice, dead_zone=zone) for zone in DEAD_ZONES)
 

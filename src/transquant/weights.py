@@ -115,8 +115,9 @@ def _entropy_coded(
         blocks = weight.reshape(len(moments), -1, weight.shape[1])
         coeffs = np.concatenate([_wiener(b, a, g, variance, c, choice.damping) for b, (a, g) in zip(blocks, moments, strict=True)])
     fold = fold_for(entry.rows, entry.columns // max(entry.group_columns, 1), entry.group_columns)
-    rounding, trellis = choice.rounding(method), None
+    rounding, trellis = choice.rounding(), None
     if method.state_bits:
+        rounding = Rounding(offsets=_path_offsets(coeffs / sizes, choice.shrink))
         trellis = Trellis(method.state_bits, entry.rows, entry.columns // fold, magnitude_laws(SIZES))
         entry = replace(entry, coding="t", state_bits=method.state_bits)
     bit = choice.rate * lagrangian(c)
@@ -124,6 +125,13 @@ def _entropy_coded(
     has = ("r" if plan.row_exponents is not None else "") + ("c" if plan.column_exponents is not None else "")
     entry = replace(entry, qp=plan.qp, recon_offsets=rounding.offsets, groups=has, fold=fold)  # type: ignore[arg-type]
     return CodedTensor(entry, symbols, plan.row_exponents, plan.column_exponents, _used(entry, frame, symbols)), frame, decoded
+
+
+def _path_offsets(scaled: FloatArray, shrink: float) -> tuple[int, int]:
+    """By how many 1/64 steps a trellis rebuilds symbol 0, and the others, nearer to zero, for entries in steps: to the centroids
+    of a normal law, the others by a share `shrink` of the way."""
+    spread = max(float(np.sqrt(np.mean(scaled**2))), 1e-9)
+    return round(16 * (1 - min(1.0, 1.6 * spread))), round(shrink * min(4 / spread, 16.0))
 
 
 def _scaled(plan: StepPlan, frame: Frame) -> StepPlan:

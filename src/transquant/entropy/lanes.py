@@ -19,7 +19,7 @@ from transquant.trellis_code import TRELLIS_CODES
 _R, _LEVEL, _BITS = tables.RECIPROCAL, tables.LEVEL_OF, tables.BITS_OF
 _P_MIN, _P_MAX, _LIMIT, _LOW = tables.P_MIN, tables.P_MAX, tables.COUNT_LIMIT, tables.STATE_LOW
 _UNARY, _GAMMA, _MAX, _HALF = tables.NUM_UNARY, tables.NUM_GAMMA, tables.MAX_SYMBOL, tables.P_HALF
-_ONE, _P_BITS, _LEVELS = tables.P_ONE, tables.P_BITS, tables.NUM_LEVELS
+_ONE, _P_BITS = tables.P_ONE, tables.P_BITS
 _MAX_DECISIONS = _UNARY + _GAMMA + 64  # of one symbol
 
 
@@ -29,7 +29,7 @@ class _Coder:
     def __init__(self, lanes: int, data: bytes | None = None) -> None:
         self.lanes = lanes
         self.magnitude = np.stack([tables.first_magnitude_counts() for _ in range(tables.NUM_CLASSES)])
-        self.paths = np.concatenate([tables.first_magnitude_counts()] * 2)  # of trellises: even states, then odd ones
+        self.paths, self.path_signs = tables.first_magnitude_counts(), tables.first_path_signs()  # of trellises
         self.gamma = np.full((tables.NUM_CLASSES, _GAMMA, 2), 2, np.int64)
         self.start = np.full(tables.NUM_CLASSES, tables.FIRST_START, np.int64)
         self.log = np.empty(1 << 16, np.uint32)
@@ -51,7 +51,7 @@ class _Coder:
         Returns its information content in bits."""
         if symbols.size == 0:
             return 0.0
-        signs = np.full((27, 2), 3, np.int64)
+        signs = self.path_signs if state_bits else np.full((27, 2), 3, np.int64)
         self.log, bits = _code_plane(
             symbols, width, taps, self.lanes, tables.column_shift(self.lanes), self.decoding, *TRELLIS_CODES[state_bits],
             self.paths if state_bits else self.magnitude[kind], self.gamma[kind], signs, self.start[kind : kind + 1],
@@ -139,6 +139,11 @@ def _sign_class(value):  # type: ignore[no-untyped-def]
     return 0 if value == 0 else (1 if value > 0 else 2)
 
 
+@nb.njit(cache=True, nogil=True, inline="always")
+def _mirrored(sign_class, odd):  # type: ignore[no-untyped-def]
+    return 3 - sign_class if odd and sign_class else sign_class
+
+
 @nb.njit(cache=True, nogil=True)
 def _code_plane(  # type: ignore[no-untyped-def]
     q, width, taps, lanes, col_shift, decoding, feedback, forward, magnitude, gamma, signs, start, states, words, log, cursor
@@ -153,6 +158,7 @@ def _code_plane(  # type: ignore[no-untyped-def]
     bits_of = np.zeros(lanes, np.int64)
     active = np.zeros(lanes, np.int64)
     path = np.zeros(lanes, np.int64)  # state of the lane's trellis
+    true_sign = np.zeros((lanes if forward else 0, columns), np.int64)  # of what a trellis' symbols stand for; 0 for symbol 0
     bits = 0.0
     for first in range(0, rows, lanes):
         count = min(lanes, rows - first)
@@ -172,7 +178,7 @@ def _code_plane(  # type: ignore[no-untyped-def]
                 m = row[lane]
                 if first > 0:
                     m = (m + around) >> 1
-                level[lane] = _LEVEL[min(m, 2047)] + _LEVELS * (path[lane] & 1)
+                level[lane] = _LEVEL[min(m, 2047)]
                 s = -3
                 t = m >> 8
                 while t > 0:
@@ -289,18 +295,29 @@ def _code_plane(  # type: ignore[no-untyped-def]
                     return log, bits
                 total += size_now
                 row[lane] += ((size_now << 8) - row[lane]) >> 3
-                path[lane] = (path[lane] >> 1) ^ (feedback * (path[lane] & 1)) ^ (forward * (size_now & 1))
+                odd = path[lane] & 1
+                if forward:
+                    path[lane] = (path[lane] >> 1) ^ (feedback * odd) ^ (forward * (size_now & 1))
                 if size_now == 0:
+                    if forward:
+                        true_sign[lane, j] = 0
                     continue
-                left_sign = _sign_class(q[r, j - 1]) if j > 0 and (width == 1 or j % width != 0) else 0
-                above = _sign_class(q[r, j - width]) if inside >= width else 0
-                earlier = _sign_class(q[r - lanes, j]) if first > 0 else 0
-                c = (left_sign * 3 + above) * 3 + earlier
+                if forward:  # as seen from this state, which is the mirror image of another
+                    left_sign = true_sign[lane, j - 1] if j > 0 and (width == 1 or j % width != 0) else 0
+                    above = true_sign[lane, j - width] if inside >= width else 0
+                    c = (min(size_now, 3) - 1) * 9 + _mirrored(left_sign, odd) * 3 + _mirrored(above, odd)
+                else:
+                    left_sign = _sign_class(q[r, j - 1]) if j > 0 and (width == 1 or j % width != 0) else 0
+                    above = _sign_class(q[r, j - width]) if inside >= width else 0
+                    earlier = _sign_class(q[r - lanes, j]) if first > 0 else 0
+                    c = (left_sign * 3 + above) * 3 + earlier
                 level[lane] = c
                 p = _probability(signs, c)
                 bit = _bit(decoding, 1 if q[r, j] > 0 else 0, p, lane, states, words, log, cursor)
                 bits += _BITS[p if bit else _ONE - p]
                 bits_of[lane] = bit
+                if forward:
+                    true_sign[lane, j] = _mirrored(2 - bit, odd)
                 if decoding:
                     q[r, j] = size_now if bit else -size_now
             for lane in range(count):

@@ -7,6 +7,7 @@ fixed during a stage, so each stage is a handful of array operations.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,15 +79,15 @@ def decode_planes(data: bytes, planes: Sequence[tuple[int, int, int, int, int, i
     Raises CorruptFile unless every byte is used and every state ends where the encoder began."""
     reader = _Reader(data, lanes)
     magnitude = [tables.first_magnitude_counts().transpose(1, 0, 2).copy() for _ in range(tables.NUM_CLASSES)]
-    paths = np.concatenate([tables.first_magnitude_counts()] * 2).transpose(1, 0, 2).copy()
+    paths, path_signs = tables.first_magnitude_counts().transpose(1, 0, 2).copy(), tables.first_path_signs()
     gamma = [np.full((tables.NUM_GAMMA, 2), 2, np.int64) for _ in range(tables.NUM_CLASSES)]
     start = [tables.FIRST_START] * tables.NUM_CLASSES
     result = []
     for rows, columns, kind, width, taps, state_bits in planes:
         plane = np.zeros((rows, columns), np.int32)
         if plane.size:
-            contexts = paths if state_bits else magnitude[kind]
-            start[kind] = _plane(reader, plane, width, taps, TRELLIS_CODES[state_bits], lanes, contexts, gamma[kind], start[kind])
+            contexts = (paths, path_signs) if state_bits else (magnitude[kind], np.full((27, 2), 3, np.int64))
+            start[kind] = _plane(reader, plane, width, taps, TRELLIS_CODES[state_bits], lanes, *contexts, gamma[kind], start[kind])
         result.append(plane)
     if reader.position != len(reader.words) or (reader.states != tables.STATE_LOW).any():
         raise CorruptFile("a symbol section does not end where its symbols end")
@@ -101,12 +102,13 @@ def _plane(
     code: tuple[int, int],
     lanes: int,
     magnitude: Int64,
+    signs: Int64,
     gamma: Int64,
     start: int,
 ) -> int:
     rows, columns = q.shape
-    signs = np.full((27, 2), 3, np.int64)
     sign_class = np.zeros((columns + 1, min(lanes, rows)), np.int8)  # of this block, by column; the last row stays 0
+    trellis = code[1] > 0
     col = np.zeros(columns, np.int64)
     shift_of_columns = tables.column_shift(lanes)
     for first in range(0, rows, lanes):
@@ -121,20 +123,25 @@ def _plane(
             if first:
                 around = (2 * int(col[j]) + int(col[max(j - 1, 0)]) + int(col[min(j + 1, columns - 1)])) >> 2
                 m = (row + around) >> 1
-            size = _magnitudes(reader, everyone, m, path & 1, magnitude, gamma)
+            size = _magnitudes(reader, everyone, m, magnitude, gamma)
             if size.max() > tables.MAX_SYMBOL:
                 raise CorruptFile("a symbol section ends early or holds a symbol that is too large")
             row += ((size << 8) - row) >> 3
-            path = (path >> 1) ^ (code[0] * (path & 1)) ^ (code[1] * (size & 1))
+            odd = path & 1
+            path = (path >> 1) ^ (code[0] * odd) ^ (code[1] * (size & 1))
             members = size.nonzero()[0]
             if members.size:
                 left = j - 1 if j > 0 and (width == 1 or j % width) else -1
                 above = j - width if j % taps >= width else -1
-                context = (sign_class[left] * 3 + sign_class[above]) * 3
-                context = (context[:count] + (earlier[j, :count] if first else 0))[members]
+                if trellis:
+                    near = [_mirrored(sign_class[k, members], odd[members]) for k in (left, above)]
+                    context = (np.minimum(size[members], 3) - 1) * 9 + near[0] * 3 + near[1]
+                else:
+                    context = (sign_class[left] * 3 + sign_class[above]) * 3
+                    context = (context[:count] + (earlier[j, :count] if first else 0))[members]
                 bit = reader.bits(members, _probabilities(signs[context, 0], signs[context, 1]))
                 _learn(signs, context, bit)
-                sign_class[j, members] = 2 - bit
+                sign_class[j, members] = _mirrored(2 - bit, odd[members]) if trellis else 2 - bit
                 size[members[~bit]] *= -1
                 block[j] = size
             mean = (int(np.abs(size).sum()) << 8) // count
@@ -144,9 +151,14 @@ def _plane(
     return start
 
 
-def _magnitudes(reader: _Reader, everyone: Int64, m: Int64, odd: Int64, magnitude: Int64, gamma: Int64) -> Int64:
+def _mirrored(sign_class: NDArray[np.integer[Any]], odd: Int64) -> Int64:
+    """Sign classes as an odd state sees them: 1 and 2 change places."""
+    return np.where(odd & (sign_class > 0), 3 - sign_class, sign_class).astype(np.int64)
+
+
+def _magnitudes(reader: _Reader, everyone: Int64, m: Int64, magnitude: Int64, gamma: Int64) -> Int64:
     """Stages 1 to 3 for one column of a block: int64 (count,)."""
-    level = _LEVEL[np.minimum(m, 2047)] + tables.NUM_LEVELS * odd
+    level = _LEVEL[np.minimum(m, 2047)]
     size = np.zeros(len(everyone), np.int64)
     members = everyone
     for k in range(tables.NUM_UNARY):

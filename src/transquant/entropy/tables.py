@@ -42,6 +42,11 @@ def first_magnitude_counts() -> np.ndarray:
     return counts
 
 
+def first_path_signs() -> np.ndarray:
+    """Initial counts of a trellis' sign contexts, int64 (27, 2): −1 is likelier than 1, which is rebuilt further from zero."""
+    return np.tile(np.array([5, 3], np.int64), (27, 1))
+
+
 def magnitude_laws(sizes: int) -> np.ndarray:
     """What the levels' means let expect: probabilities of magnitudes 0, 1, …, float64 (levels, sizes), geometric laws."""
     ratio = np.array(LEVEL_MEANS)[:, None] / (256 + np.array(LEVEL_MEANS)[:, None])

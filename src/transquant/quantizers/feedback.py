@@ -8,7 +8,7 @@ are quantized from the first column to the last and from the last row to the fir
 so that L_gᵀ E U_a = u − Ŵ, the plain rounding error of each entry, and D = Σ D_g,i D_a,j (u − Ŵ)²_ij as if the entries
 were independent. (GPTQ, arXiv 2210.17323, is the one-sided case with one step; YAQA, arXiv 2505.22988, two-sided.)
 
-Blocks of 128 × 128 run in a compiled loop; what a block owes to the entries outside it comes from matrix products.
+Blocks of 128 × 128 (with a trellis 128 × 256) run in a compiled loop; what a block owes to the entries outside it comes from matrix products.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from transquant.quantizers.trellis import Trellis
 from transquant.records import FloatArray, IntArray
 
 BLOCK = 128
+PATH_BLOCK = 256  # columns of a block where paths are followed: each end of a block is decided without looking ahead
 UNLIMITED = -1  # the bit depth of symbols that an entropy coder takes
 
 
@@ -110,7 +111,7 @@ def _strips(columns: int, paths: Paths | None) -> Iterator[tuple[int, int]]:
     """Strips of columns, none across the end of a path."""
     begin = 0
     while begin < columns:
-        stop = min(begin + BLOCK, columns)
+        stop = min(begin + (BLOCK if paths is None else PATH_BLOCK), columns)
         if paths is not None:
             place, segment = paths.first_column + begin, paths.trellis.segment
             if place % segment == 0:

@@ -1,12 +1,13 @@
-"""Trellis-coded quantization inside the feedback: the best path of many, each with its own error history.
+"""Trellis-coded quantization inside the feedback loop: the best path of many, each with its own error history.
 
-Two scalar quantizers share the symbols: Q0 rebuilds k as k steps, Q1 as k − sign(k)/2 steps. Which of them an entry uses
-is the lowest bit of a state, and the parity of its symbol moves the state along a convolutional code (FORMAT.md section
-3), so that together they reach the points of a lattice twice as fine, at the rate of one of them (Marcellin & Fischer,
-IEEE Trans. Commun. 38(1), 1990; codes: Ungerboeck, IEEE Trans. Inf. Theory 28(1), 1982; with an entropy coder behind:
-Fischer & Wang, IEEE Trans. Inf. Theory 38(2), 1992). A row of the matrix is a path. The Viterbi algorithm keeps one survivor a
-state, each with what its own errors ask of the entries still to come (per-survivor processing), and weighs distortion
-against the code length that an adaptive model predicts. After a block of columns the best survivor is taken.
+Two scalar quantizers share the symbols: Q0 rebuilds k as k + 1/4 steps, Q1 as the mirror image, −k − 1/4 steps. Which of them
+an entry uses is the lowest bit of a state, and the parity of its symbol moves the state along a convolutional code
+(FORMAT.md section 3), so that together they reach the points of a lattice twice as fine, at the rate of one of them (Marcellin
+& Fischer, IEEE Trans. Commun. 38(1), 1990; codes: Ungerboeck, IEEE Trans. Inf. Theory 28(1), 1982; entropy-coded, with mirrored
+quantizers so that both have the same statistics: Fischer & Wang, IEEE Trans. Inf. Theory 38(2), 1992; Marcellin, IEEE Trans.
+Commun. 42(1), 1994). A row of the matrix is a path. The Viterbi algorithm keeps one survivor a state, each with what its own
+errors ask of the entries still to come (per-survivor processing), and weighs distortion against the code length that an
+adaptive model predicts. After a block of columns the best survivor is taken.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from transquant.trellis_code import TRELLIS_CODES
 SIZES = 24  # magnitudes whose code length is modelled one by one
 PRIOR = 4.0  # how many symbols the first code lengths are worth
 REFRESH = 8  # rows of a block after which code lengths are taken from the counts again
+NEGATIVE = 0.6  # of symbols other than 0: −1 is rebuilt nearer to zero than 1
 NEVER = 1e300
 
 
@@ -33,7 +35,9 @@ class Trellis:
     def __init__(self, state_bits: int, rows: int, segment: int, laws: FloatArray) -> None:
         self.codes, self.num_states, self.segment = TRELLIS_CODES[state_bits], 1 << state_bits, segment
         self.states = np.zeros(rows, np.int64)
-        self.counts = np.stack([PRIOR * laws] * 2)
+        signs = np.array([NEGATIVE, 1 - NEGATIVE])
+        down, up = (PRIOR * laws[:, 1:, None] * signs).transpose(2, 0, 1)
+        self.counts = np.concatenate([down[:, ::-1], PRIOR * laws[:, :1], up], 1)  # symbols 1 − SIZES … SIZES − 1
         self.bits = np.empty_like(self.counts)
         _code_lengths(self.counts, self.bits)
 
@@ -51,35 +55,40 @@ class Trellis:
 
 @nb.njit(cache=True, nogil=True)
 def _code_lengths(counts, bits):  # type: ignore[no-untyped-def]
-    for z in range(2):
-        for level in range(counts.shape[1]):
-            total = counts[z, level].sum()
-            for a in range(SIZES):
-                bits[z, level, a] = np.log2(total / counts[z, level, a]) + (1.0 if a else 0.0)
+    for level in range(counts.shape[0]):
+        total = counts[level].sum()
+        for k in range(counts.shape[1]):
+            bits[level, k] = np.log2(total / counts[level, k])
 
 
 @nb.njit(cache=True, nogil=True, inline="always")
-def _length(bits, a):  # type: ignore[no-untyped-def]
-    return bits[a] if a < SIZES else bits[SIZES - 1] + 0.1 * (a - SIZES + 1)
+def _place(k):  # type: ignore[no-untyped-def]
+    """Where counts and lengths have symbol k."""
+    return min(max(k, 1 - SIZES), SIZES - 1) + SIZES - 1
 
 
 @nb.njit(cache=True, nogil=True, inline="always")
-def _size(a, odd, shrink_one, shrink_more):  # type: ignore[no-untyped-def]
-    """|value| of magnitude a in steps."""
-    if a == 0:
-        return 0.0
-    return a - 0.5 * odd - (shrink_one if a == 1 else shrink_more)
+def _length(bits, k):  # type: ignore[no-untyped-def]
+    return bits[_place(k)] + 0.1 * max(abs(k) - SIZES + 1, 0)
+
+
+@nb.njit(cache=True, nogil=True, inline="always")
+def _value(k, shrink_zero, shrink_more):  # type: ignore[no-untyped-def]
+    """What Q0 rebuilds of symbol k, in steps; Q1's is the negative."""
+    if k == 0:
+        return 0.25 - shrink_zero
+    return k + 0.25 - shrink_more if k > 0 else k + 0.25 + shrink_more
 
 
 @nb.njit(cache=True, nogil=True)
 def _trellis_block(  # type: ignore[no-untyped-def]
-    target, weight, step_size, worth, levels, left, right, states, feedback, forward, num_states, shrink_one, shrink_more,
+    target, weight, step_size, worth, levels, left, right, states, feedback, forward, num_states, shrink_zero, shrink_more,
     counts, bits,
 ):  # fmt: skip
     rows, columns = target.shape
     symbols = np.zeros((rows, columns), np.int32)
     error = np.zeros((rows, columns))
-    carried = np.zeros((rows, columns))  # E L_a of the rows done in this block
+    carried = np.zeros((rows, columns))  # E U_a of the rows done in this block
     want, new_want = np.empty((num_states, columns)), np.empty((num_states, columns))  # u of each survivor
     cost, new_cost = np.empty(num_states), np.empty(num_states)
     parent = np.empty((columns, num_states), np.int64)
@@ -97,35 +106,36 @@ def _trellis_block(  # type: ignore[no-untyped-def]
         cost[start] = 0.0
         for j in range(columns):
             new_cost[:] = NEVER
-            step, price = step_size[i, j], worth[i, j]
+            step, price, lengths = step_size[i, j], worth[i, j], bits[levels[i, j]]
             for s in range(num_states):
                 if cost[s] >= NEVER:
                     continue
-                scaled = want[s, j] / step
-                size = min(abs(scaled), 1048000.0)
                 odd = s & 1
-                lengths = bits[odd, levels[i, j]]
-                nothing = cost[s] + price * size * size + lengths[0]
+                scaled = min(max(want[s, j] / step, -1048000.0), 1048000.0)
+                if odd:
+                    scaled = -scaled
                 for parity in range(2):
-                    a = 2 * int(np.floor((size + 0.5 * odd - parity) / 2 + 0.5)) + parity
-                    if a < 0:
-                        a = 1
-                    gap = size - _size(a, odd, shrink_one, shrink_more)
-                    value = cost[s] + price * gap * gap + _length(lengths, a)
-                    if parity == 0 and nothing < value:
-                        value, a = nothing, 0
+                    k = 2 * int(np.floor((scaled - 0.25 - parity) / 2 + 0.5)) + parity
+                    gap = scaled - _value(k, shrink_zero, shrink_more)
+                    value = price * gap * gap + _length(lengths, k)
+                    if k > 0 or k < -1:  # or the next one nearer to zero
+                        nearer = k - 2 if k > 0 else k + 2
+                        gap = scaled - _value(nearer, shrink_zero, shrink_more)
+                        other = price * gap * gap + _length(lengths, nearer)
+                        if other < value:
+                            value, k = other, nearer
+                    value += cost[s]
                     to = (s >> 1) ^ (odd * feedback) ^ (parity * forward)
                     if value < new_cost[to]:
                         new_cost[to] = value
                         parent[j, to] = s
-                        symbol[j, to] = -a if scaled < 0 else a
+                        symbol[j, to] = k
             for s in range(num_states):
                 if new_cost[s] >= NEVER:
                     continue
                 before = parent[j, s]
-                k = symbol[j, s]
-                value = _size(abs(k), before & 1, shrink_one, shrink_more) * step
-                e = weight[i, j] - (-value if k < 0 else value)
+                value = _value(symbol[j, s], shrink_zero, shrink_more) * step
+                e = weight[i, j] - (-value if before & 1 else value)
                 for m in range(j + 1, columns):
                     new_want[s, m] = want[before, m] + right[j, m] * e
             want, new_want = new_want, want
@@ -136,11 +146,11 @@ def _trellis_block(  # type: ignore[no-untyped-def]
         for j in range(columns - 1, -1, -1):
             k = symbol[j, s]
             s = parent[j, s]
-            value = _size(abs(k), s & 1, shrink_one, shrink_more) * step_size[i, j]
+            value = _value(k, shrink_zero, shrink_more) * step_size[i, j]
             symbols[i, j] = k
-            e = weight[i, j] - (-value if k < 0 else value)
+            e = weight[i, j] - (-value if s & 1 else value)
             error[i, j] = e
-            counts[s & 1, levels[i, j], min(abs(k), SIZES - 1)] += 1.0
+            counts[levels[i, j], _place(k)] += 1.0
             for m in range(j, columns):
                 carried[i, m] += right[j, m] * e
         if i % REFRESH == 0:
