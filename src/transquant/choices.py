@@ -45,8 +45,8 @@ PACKED = LayerTransform("i", "c")
 @dataclass(frozen=True, slots=True)
 class Choice:
     """What the held-back samples decide: the regularisation of the metric, the step groups, and how rounding leans to zero:
-    by a dead zone or, in a trellis, by the weight of a bit, in units of λ, and how far values shrink to their centroids. `level`: the scalar c whose water level the
-    regularisation supposes; 0 for each draft's own."""
+    by a dead zone or, in a trellis, by the weight of a bit, in units of λ, and how far values shrink to their centroids.
+    `level`: the scalar c whose water level the regularisation supposes; 0 for each draft's own."""
 
     damping: Damping = field(default_factory=Damping)
     grouping: Grouping = field(default_factory=Grouping)
@@ -56,7 +56,7 @@ class Choice:
     level: float = 0.0
 
     def rounding(self) -> Rounding:
-        """Without a trellis: magnitudes are rebuilt in the middle of their bins, [k − 1 + dead zone, k + dead zone). Centroids, which the mean
-        square asks for, shrink every layer a little, and that hurts the network more than it saves."""
+        """Without a trellis: magnitudes are rebuilt in the middle of their bins, [k − 1 + dead zone, k + dead zone). Centroids,
+        which the mean square asks for, shrink every layer a little, and that hurts the network more than it saves."""
         offset = -round(64 * (self.dead_zone - 0.5))
         return Rounding(self.dead_zone, (offset, offset))

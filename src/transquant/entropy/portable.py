@@ -86,8 +86,9 @@ def decode_planes(data: bytes, planes: Sequence[tuple[int, int, int, int, int, i
     for rows, columns, kind, width, taps, state_bits in planes:
         plane = np.zeros((rows, columns), np.int32)
         if plane.size:
-            contexts = (paths, path_signs) if state_bits else (magnitude[kind], np.full((27, 2), 3, np.int64))
-            start[kind] = _plane(reader, plane, width, taps, TRELLIS_CODES[state_bits], lanes, *contexts, gamma[kind], start[kind])
+            sizes, signs = (paths, path_signs) if state_bits else (magnitude[kind], np.full((27, 2), 3, np.int64))
+            code = TRELLIS_CODES[state_bits]
+            start[kind] = _plane(reader, plane, width, taps, code, lanes, sizes, signs, gamma[kind], start[kind])
         result.append(plane)
     if reader.position != len(reader.words) or (reader.states != tables.STATE_LOW).any():
         raise CorruptFile("a symbol section does not end where its symbols end")

@@ -8,7 +8,8 @@ are quantized from the first column to the last and from the last row to the fir
 so that L_gᵀ E U_a = u − Ŵ, the plain rounding error of each entry, and D = Σ D_g,i D_a,j (u − Ŵ)²_ij as if the entries
 were independent. (GPTQ, arXiv 2210.17323, is the one-sided case with one step; YAQA, arXiv 2505.22988, two-sided.)
 
-Blocks of 128 × 128 (with a trellis 128 × 256) run in a compiled loop; what a block owes to the entries outside it comes from matrix products.
+Blocks of 128 × 128 (with a trellis 128 × 256) run in a compiled loop; what a block owes to the entries outside it comes from
+matrix products.
 """
 
 from __future__ import annotations
