@@ -20,7 +20,7 @@ from torch import nn
 
 from networks import cifar10, logits, network
 from pages import insert_table
-from transquant import modules
+from transquant import codec, modules
 from transquant.allocation.search import meet_size
 from transquant.allocation.steps import Grouping
 from transquant.choices import Choice, Method
@@ -28,11 +28,13 @@ from transquant.encoder import Encoder, Source
 from transquant.quantizers.metric import Damping
 from transquant.records import LayerStats, Statistics
 from transquant.stats import collect, weight_statistics
+from transquant.target_search import FAITHFUL
 from transquant.transform_choice import choose_transforms, transforms_of
 from transquant.workers import workers
 
 BITS = (1.0, 2.0)
-BASE = Choice(Damping(0.05, 0.2), Grouping("rc", 0.5), 0.6)
+BASE = Choice()
+STATES = codec.STATE_BITS
 
 
 def diagonal(moment: np.ndarray) -> np.ndarray:
@@ -61,27 +63,32 @@ def damped(alpha: float, gamma: float, **other: float | bool) -> Choice:
 
 
 VARIANTS: dict[str, tuple[Callable[[Statistics], Statistics], Choice]] = {
-    "two-sided feedback, all parts": (same, BASE),
+    "all parts, default choices": (same, BASE),
     "no feedback: diagonal sensitivities": (NO_FEEDBACK, BASE),
     "feedback over inputs only": (INPUT_SIDE, BASE),
     "feedback over outputs only": (OUTPUT_SIDE, BASE),
-    "damping (0.005, 0.02)": (same, damped(0.005, 0.02)),
-    "damping (0.2, 1.0)": (same, damped(0.2, 1.0)),
-    "damping (1.0, 4.0)": (same, damped(1.0, 4.0)),
-    "no MMSE term": (same, damped(0.05, 0.2, noise=0.0)),
-    "exact Wiener filter before the quantizer": (same, damped(0.05, 0.2, wiener=True)),
+    "damping (0.001, 0.005)": (same, damped(0.001, 0.005)),
+    "damping (0.1, 0.5)": (same, damped(0.1, 0.5)),
+    "damping (0.5, 2.0)": (same, damped(0.5, 2.0)),
+    "no MMSE term": (same, damped(0.02, 0.05, noise=0.0)),
     "one step a layer": (same, replace(BASE, grouping=Grouping("", 0.0))),
     "steps a row": (same, replace(BASE, grouping=Grouping("r", 0.5))),
     "steps a row and column, full spread": (same, replace(BASE, grouping=Grouping("rc", 1.0))),
-    "dead zone 0.5": (same, replace(BASE, dead_zone=0.5)),
-    "dead zone 0.65": (same, replace(BASE, dead_zone=0.65)),
+    "trellis: bits count in full": (same, replace(BASE, rate=1.0)),
+    "trellis: bits count for a quarter": (same, replace(BASE, rate=0.25)),
+    "trellis: no shrinkage": (same, replace(BASE, shrink=0.0)),
+    "trellis: values at their centroids": (same, replace(BASE, shrink=1.0)),
 }
 FORCED = {
-    "no transforms": Method("identity"),
-    "DCT over every kernel": Method("dct", "kernel"),
-    "KLT over every kernel": Method("klt", "kernel"),
-    "ELT over every kernel": Method("elt", "kernel"),
-    "KLT over input channels everywhere": Method("klt", "input"),
+    "scalar quantizer": Method(),
+    "trellis of 4 states": Method(state_bits=2),
+    "trellis of 16 states": Method(state_bits=4),
+    "trellis of 64 states": Method(state_bits=6),
+    "no transforms": Method("identity", state_bits=STATES),
+    "DCT over every kernel": Method("dct", "kernel", state_bits=STATES),
+    "KLT over every kernel": Method("klt", "kernel", state_bits=STATES),
+    "ELT over every kernel": Method("elt", "kernel", state_bits=STATES),
+    "KLT over input channels everywhere": Method("klt", "input", state_bits=STATES),
 }
 
 
@@ -96,11 +103,12 @@ def main() -> None:
     with workers() as pool:
         batches = [b for k, b in enumerate(modules.micro_batches([images[:2048]])) if k % 5]
         stats = collect(model, batches, plan, modules.run_batch, pool)
-        auto = Method()
+        sample = collect(model, batches, plan, modules.run_batch, pool, shrink=False)
+        auto = Method(state_bits=STATES)
         variants = {name: (change(stats), choice, auto) for name, (change, choice) in VARIANTS.items()}
         variants |= {name: (stats, BASE, method) for name, method in FORCED.items()}
-        variants["no calibration"] = (weight_statistics(plan, source.values), BASE, auto)
-        variants["no calibration, no transforms"] = (weight_statistics(plan, source.values), BASE, Method("identity"))
+        variants["sample moments"] = (sample, BASE, auto)
+        variants["no calibration"] = (weight_statistics(plan, source.values), FAITHFUL, auto)
         for name, (changed, choice, method) in variants.items():
             encoder = Encoder(plan, source, changed, pool, method)
             row: dict[str, object] = {"variant": name}
