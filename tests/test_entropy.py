@@ -162,3 +162,12 @@ def test_folded_matrices_come_back_in_their_shape():
     assert arrays.tobytes() == decoded.numpy().tobytes()
     weight = layer.weight.detach()
     assert (decoded - weight).square().mean() < 0.3 * weight.square().mean()
+
+
+def test_many_lanes_for_one_long_row_take_no_memory():
+    """A file chooses its lanes; what they take is bounded by the symbols all the same."""
+    symbols = np.zeros((1, 1 << 22), np.int32)
+    symbols[0, ::1000] = -3
+    data, _ = lanes.encode_planes([Plane(symbols, 0, 1, 1, 3)], 1024)
+    found, _ = lanes.decode_planes(data, [(*symbols.shape, 0, 1, 1, 3)], 1024)
+    np.testing.assert_array_equal(found[0], symbols)

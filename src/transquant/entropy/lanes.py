@@ -158,7 +158,7 @@ def _code_plane(  # type: ignore[no-untyped-def]
     bits_of = np.zeros(lanes, np.int64)
     active = np.zeros(lanes, np.int64)
     path = np.zeros(lanes, np.int64)  # state of the lane's trellis
-    true_sign = np.zeros((lanes if forward else 0, columns), np.int64)  # of what a trellis' symbols stand for; 0 for symbol 0
+    true_sign = np.zeros((min(lanes, rows) if forward else 0, columns), np.int8)  # of what a trellis' symbols stand for
     bits = 0.0
     for first in range(0, rows, lanes):
         count = min(lanes, rows - first)
