@@ -138,3 +138,13 @@ def test_unreachable_targets_say_what_is_reachable(small, samples):
 def test_bad_options_are_named(small, samples, options, message):
     with pytest.raises(tq.errors.InputError, match=message):
         tq.compress(small, None if "verify" in options else samples, **options)
+
+
+def test_effort_buys_states():
+    """At the same size, more states leave less of an error."""
+    weight = {"weight": torch.randn(160, 256, generator=torch.Generator().manual_seed(4))}
+    errors = []
+    for effort in (5, 6, 9):
+        decoded = tq.compress(weight, bits=2.0, effort=effort).state_dict()["weight"]
+        errors.append(float((decoded - weight["weight"]).square().mean()))
+    assert errors[0] > 1.01 * errors[1] > 1.02 * errors[2]

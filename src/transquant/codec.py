@@ -41,6 +41,7 @@ Progress = Callable[[str, int, int], None]
 M = TypeVar("M", bound=nn.Module)
 
 STATE_BITS = 3  # log2 of the number of states of a trellis
+MORE_STATE_BITS = {6: 4, 7: 5, 8: 5, 9: 6}  # by effort
 HELD_BACK = 512  # samples, at most, and at most one in five
 
 
@@ -109,9 +110,10 @@ def compress(
     "identity", "dct", "klt", "elt" force one wherever it fits, over `axis` "kernel", "input", "output" or "joint" (None: the
     best of them). `coding`: "entropy", or "fixed" for bit depths a group of bands, packed (Young et al.). `feedback`: closed
     loop, or plain rounding of each coefficient. `trellis`: entropy-coded weights in the closed loop go along the best path
-    of a trellis of 8 states, or else each is rounded with a dead zone. `overrides`: {name pattern: "exact"} stores matching tensors
-    exactly. `effort` 1 or 2: nothing is tuned on held-back samples; 3 to 9: all is. `forward(model, batch)` and `output(result)`
-    override how a batch is run and what counts. `verify`: measure the closed-form distortion group by group, for the report.
+    of a trellis, or else each is rounded with a dead zone. `overrides`: {name pattern: "exact"} stores matching tensors
+    exactly. `effort` 1 or 2: nothing is tuned on held-back samples; 3 to 9: all is; from 6 on trellises have 16, 32, 32 and 64
+    states instead of 8 (64 take three times as long). `forward(model, batch)` and `output(result)` override how a batch is run
+    and what counts. `verify`: measure the closed-form distortion group by group, for the report.
     `progress(stage, done, total)` is called as work goes on.
 
     Files are at most the asked size and at most 1 % (or 64 bytes) smaller, down to steps of 1/130,000 of a tensor's largest
@@ -119,7 +121,7 @@ def compress(
     file, whatever the number of threads. Raises InputError, TargetError.
     """
     _check_options(metric, objective, effort, seed)
-    method = _method(transform, axis, coding, feedback, trellis)
+    method = _method(transform, axis, coding, feedback, trellis, effort)
     say = progress or (lambda stage, done, total: None)
     given = {"bits": bits, "size": size, "ratio": ratio, "distortion": distortion, "step": step, "max_drop": max_drop}
     module, state, plan = _open(model, overrides)
@@ -199,7 +201,7 @@ def _verified(search: TargetSearch, reference: Reference | None, c: float, choic
     return verify_groups(search.encoder, reference, c, choice, lambda done, total: say("verification", done, total))
 
 
-def _method(transform: str, axis: str | None, coding: str, feedback: bool, trellis: bool) -> Method:
+def _method(transform: str, axis: str | None, coding: str, feedback: bool, trellis: bool, effort: int) -> Method:
     for name, value, allowed in (
         ("transform", transform, ("auto", *KINDS)),
         ("axis", axis, (None, "input", "output", "kernel", "joint")),
@@ -211,7 +213,8 @@ def _method(transform: str, axis: str | None, coding: str, feedback: bool, trell
             raise InputError(f"{name} is {value!r}, allowed are {', '.join(map(repr, allowed))}")
     if transform == "dct" and axis not in (None, "kernel"):
         raise InputError(f"axis is {axis!r}, allowed is 'kernel' with transform 'dct'")
-    return Method(transform, axis, coding, feedback, STATE_BITS if trellis and feedback and coding == "entropy" else 0)
+    state_bits = MORE_STATE_BITS.get(effort, STATE_BITS) if trellis and feedback and coding == "entropy" else 0
+    return Method(transform, axis, coding, feedback, state_bits)
 
 
 def _check_options(metric: str, objective: str, effort: int, seed: int) -> None:
