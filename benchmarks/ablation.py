@@ -103,7 +103,7 @@ def main() -> None:
     with workers() as pool:
         batches = [b for k, b in enumerate(modules.micro_batches([images[:2048]])) if k % 5]
         stats = collect(model, batches, plan, modules.run_batch, pool)
-        sample = collect(model, batches, plan, modules.run_batch, pool, shrink=False)
+        sample = collect(model, batches, plan, modules.run_batch, pool, cross_validate=False)
         auto = Method(state_bits=STATES)
         variants = {name: (change(stats), choice, auto) for name, (change, choice) in VARIANTS.items()}
         variants |= {name: (stats, BASE, method) for name, method in FORCED.items()}

@@ -33,7 +33,7 @@ class Alone(nn.Module):
 def statistics(layer, x):
     with workers() as pool:
         model = Alone(layer).eval()
-        return collect(model, [x], plan_model(model), run_batch, pool, "mse", shrink=False).layers
+        return collect(model, [x], plan_model(model), run_batch, pool, "mse", cross_validate=False).layers
 
 
 def signs(shape):
@@ -178,7 +178,7 @@ def test_moments_of_bags(mode, form):
 
     with workers() as pool:
         model = Bag()
-        found = collect(model, [ids], plan_model(model), run_batch, pool, "mse", shrink=False).layers["layer.weight"]
+        found = collect(model, [ids], plan_model(model), run_batch, pool, "mse", cross_validate=False).layers["layer.weight"]
     factors = torch.nn.functional.one_hot(ids, 6).sum(1).double() / (4 if mode == "mean" else 1)
     np.testing.assert_allclose(shape_of(found.output_moment[0]), shape_of((factors**2).sum(0).numpy()), rtol=1e-6)
     direction = signs((3, 5)).double()
@@ -197,7 +197,7 @@ def test_weighted_bags_and_sparse_gradients():
     model = Bag()
     ids = torch.tensor([[0, 1, 2], [2, 2, 3]])
     with workers() as pool:
-        stats = collect(model, [ids], plan_model(model), run_batch, pool, "mse", shrink=False).layers
+        stats = collect(model, [ids], plan_model(model), run_batch, pool, "mse", cross_validate=False).layers
     np.testing.assert_allclose(shape_of(stats["layer.weight"].output_moment[0]), np.array([1, 4, 9 + 9, 9, 0, 0]) / 18)
     assert stats["table.weight"].gradient_energy > 0
 
@@ -370,7 +370,7 @@ def test_groups_of_attention_have_scales_of_their_own():
     x = torch.randn(40, 5, 8)
     with workers() as pool:
         model = Self()
-        stats = collect(model, [x], plan_model(model), run_batch, pool, "mse", shrink=False).layers["layer.in_proj_weight"]
+        stats = collect(model, [x], plan_model(model), run_batch, pool, "mse", cross_validate=False).layers["layer.in_proj_weight"]
     (gradient,) = torch.autograd.grad((model(x) * signs((40, 5, 8))).sum(), [module.in_proj_weight])
     energies = gradient.reshape(3, -1).square().sum(1).double().numpy() / 40 / 40  # a sample; forty output values
     traces = np.einsum("kii->k", stats.input_moment) * np.einsum("kii->k", stats.output_moment)
@@ -389,8 +389,8 @@ def test_large_new_layers_keep_to_the_limits():
     layer, x = nn.LSTM(32, 48, batch_first=True), torch.randn(6, 5, 32)
     with workers() as pool:
         model = Alone(layer)
-        stats = collect(model, [x], plan_model(model), run_batch, pool, "mse", shrink=False, max_side=20).layers
-        whole = collect(model, [x], plan_model(model), run_batch, pool, "mse", shrink=False).layers
+        stats = collect(model, [x], plan_model(model), run_batch, pool, "mse", cross_validate=False, max_side=20).layers
+        whole = collect(model, [x], plan_model(model), run_batch, pool, "mse", cross_validate=False).layers
     assert stats["layer.weight_ih_l0"].input_moment.shape == (1, 2, 16, 16)
     assert stats["layer.weight_ih_l0"].output_moment.shape == (1, 192)
     np.testing.assert_allclose(

@@ -7,8 +7,8 @@ from torch import nn
 
 from transquant.modules import micro_batches, plan_model, run_batch
 from transquant.quantizers.metric import factor
-from transquant.stats import collect
-from transquant.stats.shrinkage import MAX_SIDE, centred_sums, cross_validated, mean_moment
+from transquant.stats import collect, shrinkage
+from transquant.stats.shrinkage import centred_sums, cross_validated, mean_moment
 from transquant.workers import workers
 
 
@@ -40,7 +40,7 @@ def test_feedback_under_it_costs_less_of_the_true_metric(side, count, condition)
     assert np.mean(losses["cross"]) < 0.8 * np.mean(losses["sample"])
 
 
-def test_trace_and_limit(rng):
+def test_trace_and_limit():
     """The trace is the sample moment's; with many samples so is the whole."""
     generator = torch.Generator().manual_seed(0)
     root = torch.linalg.cholesky(covariance(12, 50.0, generator))
@@ -50,7 +50,7 @@ def test_trace_and_limit(rng):
     assert float((estimate - sample).norm() / sample.norm()) < 0.01
 
 
-def test_where_there_is_nothing_to_compare():
+def test_where_there_is_nothing_to_compare(monkeypatch):
     sums, counts = folded(torch.randn(20, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
     only = sums[:1], counts[:1]
     torch.testing.assert_close(cross_validated(*only), sums[0] / counts[0])
@@ -58,7 +58,8 @@ def test_where_there_is_nothing_to_compare():
     torch.testing.assert_close(cross_validated(diagonal, counts), mean_moment(diagonal, counts))
     empty = [*counts[:3], torch.zeros(1, dtype=torch.float64)]
     torch.testing.assert_close(cross_validated([*sums[:3], 0 * sums[3]], empty), mean_moment(sums[:3], counts[:3]))
-    assert MAX_SIDE >= 2048
+    monkeypatch.setattr(shrinkage, "MAX_SIDE", 5)
+    torch.testing.assert_close(cross_validated(sums, counts), mean_moment(sums, counts))
 
 
 def test_centring_of_sums():
@@ -76,7 +77,9 @@ def test_statistics_keep_traces_and_means():
     model = nn.Sequential(nn.Linear(24, 30), nn.ReLU(), nn.Linear(30, 6)).eval()
     batches = list(micro_batches([torch.randn(64, 24) + 1]))
     with workers() as pool:
-        sample, cross = (collect(model, batches, plan_model(model), run_batch, pool, shrink=s).layers for s in (False, True))
+        sample, cross = (
+            collect(model, batches, plan_model(model), run_batch, pool, cross_validate=s).layers for s in (False, True)
+        )
     for name in sample:
         a, b = sample[name], cross[name]
         cost = [np.trace(x.input_moment[0]) * np.trace(x.output_moment[0]) for x in (a, b)]

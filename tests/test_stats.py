@@ -17,10 +17,19 @@ from transquant.stats.sums import both
 from transquant.workers import workers
 
 
-def statistics(model, images, metric="auto", shrink=False, **options):
+def statistics(model, images, metric="auto", cross_validate=False, **options):
     """Sample moments, so that they can be compared with brute force."""
     with workers() as pool:
-        return collect(model, list(micro_batches([images])), plan_model(model), run_batch, pool, metric, shrink=shrink, **options)
+        return collect(
+            model,
+            list(micro_batches([images])),
+            plan_model(model),
+            run_batch,
+            pool,
+            metric,
+            cross_validate=cross_validate,
+            **options,
+        )
 
 
 LAYERS = [
@@ -157,7 +166,7 @@ def test_result_does_not_depend_on_threads_or_batches(net, images):
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(statistics(net, images, shrink=True))
+        results.append(statistics(net, images, cross_validate=True))
         assert torch.get_num_threads() == threads
     torch.set_num_threads(before)
     for other in results[1:]:

@@ -54,13 +54,12 @@ def test_size_window_on_a_larger_network(tmp_path):
         assert 0.99 * target - 1 <= size <= target
 
 
-def test_step_indices_that_move_with_c_leave_no_gap(tmp_path):
-    """One layer has nearly all the weights: where its step index jumps, so does the size."""
+@pytest.mark.parametrize("size", [2265, 2318, 2371, 2477, 2530])
+def test_step_indices_that_move_with_c_leave_no_gap(size):
+    """One layer has nearly all the weights: where its step index jumps, so does the size, here from 2,191 to 2,373 bytes."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(200, 60), nn.ReLU(), nn.Linear(60, 4)).eval()
-    data = torch.randn(60, 200)
-    for size in range(1000, 1400, 25):
-        assert 0.99 * size - 64 <= len(tq.compress(model, data, size=size, effort=1).data) <= size
+    model = nn.Sequential(nn.Linear(300, 200), nn.ReLU(), nn.Linear(200, 10)).eval()
+    assert size - 64 <= len(tq.compress(model, torch.randn(100, 300), size=size, effort=1).data) <= size
 
 
 def test_distortion_is_kept_and_not_wasted(small, samples):

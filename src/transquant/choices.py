@@ -46,7 +46,7 @@ PACKED = LayerTransform("i", "c")
 class Choice:
     """What the held-back samples decide: the regularisation of the metric, the step groups, and how rounding leans to zero:
     by a dead zone or, in a trellis, by the weight of a bit, in units of λ, and how far values shrink to their centroids.
-    `level`: the scalar c whose water level the regularisation supposes; 0 for each draft's own."""
+    `level`: the scalar c whose water level the regularisation and the offsets suppose; 0 for each draft's own."""
 
     damping: Damping = field(default_factory=Damping)
     grouping: Grouping = field(default_factory=Grouping)

@@ -102,29 +102,32 @@ class TargetSearch:
         return self.reference.distortion(draft.state()) if self.reference else draft.predicted
 
     def _meet_bytes(self, choice: Choice, start: float) -> tuple[Draft, Choice]:
-        closest: Closest[Draft] = Closest(self.target.value)
+        """The largest draft that fits, and the choice that it was made with."""
+        closest: Closest[tuple[Draft, Choice]] = Closest(self.target.value)
         tries = 0
 
-        def size_of(c: float) -> float:
-            nonlocal tries
-            tries += 1
-            self.say("search", tries, 0)
-            draft = self.encoder.draft(c, choice)
-            return closest.offer(draft, self.size(draft))
+        def search(choice: Choice, start: float, max_steps: int) -> float:
+            def size_of(c: float) -> float:
+                nonlocal tries
+                tries += 1
+                self.say("search", tries, 0)
+                draft = self.encoder.draft(c, choice)
+                return closest.offer((draft, choice), self.size(draft))
 
-        slack = 0.4 * self.target.slack
-        found = meet_size(size_of, self.target.value, slack, start, self.num_values / 10, max_steps=14)
-        if not found.feasible or found.value < self.target.value - slack:
-            # the regularisation moves with c and takes a layer's step index with it: sizes have gaps until it is held fast
-            choice = replace(choice, level=found.c)
-            found = meet_size(size_of, self.target.value, slack, found.c, self.num_values / 10)
-        if closest.item is None or not found.feasible:
+            return meet_size(size_of, self.target.value, 0.4 * self.target.slack, start, self.num_values / 10, max_steps).c
+
+        c = search(choice, start, 14)
+        least = self.target.value - self.target.slack
+        if not least <= closest.size <= self.target.value:
+            # regularisation and offsets move with c, and step indices with them: sizes have gaps until they are held fast
+            search(replace(choice, level=c), c, 24)
+        if closest.item is None or closest.size > self.target.value:
             raise TargetError(
-                f"a file of {self.target.value:.0f} bytes cannot be reached: the smallest found takes {found.value:.0f} bytes"
+                f"a file of {self.target.value:.0f} bytes cannot be reached: the smallest found takes {closest.size} bytes"
             )
-        if found.value < self.target.value - self.target.slack:
-            _log.warning("the finest file has %d bytes; %d were allowed", found.value, self.target.value)
-        return closest.item, choice
+        if closest.size < least:
+            _log.warning("the finest file has %d bytes; %d were allowed", closest.size, self.target.value)
+        return closest.item
 
     def _meet_quality(self, choice: Choice, start: float) -> Draft:
         """The coarsest draft within the allowed distortion or drop."""

@@ -117,7 +117,8 @@ def _entropy_coded(
     fold = fold_for(entry.rows, entry.columns // max(entry.group_columns, 1), entry.group_columns)
     rounding, trellis = choice.rounding(), None
     if method.state_bits:
-        rounding = Rounding(offsets=_path_offsets(coeffs / sizes, choice.shrink))
+        held = c / (choice.level or c)  # offsets are integers: where they follow c, sizes jump
+        rounding = Rounding(offsets=_path_offsets(held * coeffs / sizes, choice.shrink))
         trellis = Trellis(method.state_bits, entry.rows, entry.columns // fold, magnitude_laws(SIZES))
         entry = replace(entry, coding="t", state_bits=method.state_bits)
     bit = choice.rate * lagrangian(c)

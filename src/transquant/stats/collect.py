@@ -42,13 +42,13 @@ def collect(
     seed: int = 0,
     max_side: int = MAX_SIDE,
     memory_limit: int = MEMORY_LIMIT,
-    shrink: bool = True,
+    cross_validate: bool = True,
     progress: Progress | None = None,
 ) -> Statistics:
     """Statistics of all weights and vectors of the plan.
 
     `batches` are fixed micro-batches (`modules.micro_batches`), `run(model, batch)` gives the output (N, ...). One random
-    direction a sample, one forward and one backward pass. The scale of each layer's G ⊗ A is that of E‖∇W‖². `shrink`: the
+    direction a sample, one forward and one backward pass. The scale of each layer's G ⊗ A is that of E‖∇W‖². `cross_validate`: the
     moments' eigenvalues are what other samples say (`shrinkage`); else moments are the sample's.
     Raises InputError for a model that cannot be copied or run, and for NaN or infinite activations."""
     collectors = [_Collector(wide_copy(model), plan, run, max_side, memory_limit) for _ in range(min(pool.count, len(batches)))]
@@ -73,7 +73,7 @@ def collect(
     shapes = collectors[0].shapes
     weights = [s for s in plan.specs if isinstance(s, WeightSpec)]
     largest = sorted(weights, key=lambda s: -shapes[s.name].num_bytes)  # long ones first
-    found = pool.map(lambda s: layer_stats(s, folds, total, shapes[s.name], shrink), largest)
+    found = pool.map(lambda s: layer_stats(s, folds, total, shapes[s.name], cross_validate), largest)
     by_name = {s.name: layer for s, layer in zip(largest, found, strict=True)}
     layers = {s.name: by_name[s.name] for s in weights}
     vectors = {key: (value / total.samples * total.unit).numpy() for key, value in total.vectors.items()}

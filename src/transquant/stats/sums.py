@@ -65,16 +65,16 @@ def together(folds: Sequence[Sums]) -> Sums:
     return total
 
 
-def layer_stats(spec: WeightSpec, folds: Sequence[Sums], total: Sums, shape: Shape, shrink: bool = True) -> LayerStats:
+def layer_stats(spec: WeightSpec, folds: Sequence[Sums], total: Sums, shape: Shape, cross_validate: bool = True) -> LayerStats:
     """Moments scaled so that an error that is white costs what the squared gradients say: tr A · tr G = E‖∇W‖².
 
-    `folds`: sums over parts of the samples; `total`: theirs `together`; `shrink`: eigenvalues by cross-validation."""
+    `folds`: sums over parts of the samples; `total`: theirs `together`; `cross_validate`: eigenvalues by cross-validation."""
     name = spec.name
     if name in total.positions:
-        input_moment, output_moment = _moments(name, folds, shrink)
+        input_moment, output_moment = _moments(name, folds, cross_validate)
         for other in dict.fromkeys(tied_name(name, use.kind) for use in spec.tied):
             if other in total.positions:
-                input_moment, output_moment = both(input_moment, output_moment, *_moments(other, folds, shrink))
+                input_moment, output_moment = both(input_moment, output_moment, *_moments(other, folds, cross_validate))
     elif name in total.row_squares:
         input_moment, output_moment = total.column_squares[name].numpy(), total.row_squares[name].numpy()
     else:  # never reached
@@ -100,14 +100,14 @@ def tied_name(name: str, kind: str) -> str:
     return f"{name} as {kind}"
 
 
-def _moments(name: str, folds: Sequence[Sums], shrink: bool) -> tuple[FloatArray, FloatArray]:
+def _moments(name: str, folds: Sequence[Sums], cross_validate: bool) -> tuple[FloatArray, FloatArray]:
     """Moments of the columns, a mean over positions, and of the rows, a sum over those of a sample."""
     seen = [h for h in folds if name in h.columns]
     positions = [h.positions[name] for h in seen]
     samples = [torch.full_like(p, h.samples) for h, p in zip(seen, positions, strict=True)]
     columns, rows = [h.columns[name] for h in seen], [h.rows[name] for h in seen]
-    estimate = cross_validated if shrink else mean_moment
-    if not shrink or name not in seen[0].totals or columns[0].ndim == 2:
+    estimate = cross_validated if cross_validate else mean_moment
+    if not cross_validate or name not in seen[0].totals or columns[0].ndim == 2:
         return estimate(columns, positions).numpy(), estimate(rows, samples).numpy()
     totals = [h.totals[name] for h in seen]
     mean = mean_moment(totals, positions)
