@@ -20,6 +20,7 @@ from transquant.entropy.lanes import encode_planes
 from transquant.grid import global_step
 from transquant.quantizers.metric import mean_diagonal
 from transquant.records import MAX_BANDS, CodedTensor, FloatArray, LayerStats, WeightSpec
+from transquant.transforms.algebra import product
 from transquant.transforms.fit import klt
 from transquant.transforms.layout import Layout
 from transquant.weights import code_weight, lagrangian
@@ -153,8 +154,8 @@ def _promising(spec: WeightSpec, weight: FloatArray, stats: LayerStats, transfor
     moments = zip(stats.input_moment, stats.output_moment, strict=True)
     sensitivity = np.mean([mean_diagonal(a) * mean_diagonal(g) for a, g in moments])
     gain = 17 * float(sensitivity) / (c * c)  # as in allocation.first_guess
-    analysis = klt(bands @ bands.T).T
-    before, after = np.mean(weight**2), ((analysis @ bands) ** 2).mean(1)
+    analysis = klt(product(bands, bands.T)).T
+    before, after = np.mean(weight**2), (product(analysis, bands) ** 2).mean(1)
     saved = 0.5 * bands.shape[1] * float(np.sum(np.log2((1 + gain * before) / (1 + gain * after))))
     return bool(saved > LEAST_BITS * len(bands) ** 2)
 

@@ -44,8 +44,9 @@ from transquant.records import (
     LayerStats,
     WeightSpec,
 )
+from transquant.transforms.algebra import condition, inverse, product
 from transquant.transforms.fit import elt, klt
-from transquant.transforms.frame import WORST_CONDITION, Frame, band_cost, closed_frame, dct_frame, inverse, open_frame
+from transquant.transforms.frame import WORST_CONDITION, Frame, band_cost, closed_frame, dct_frame, open_frame
 from transquant.transforms.layout import Layout
 
 LARGEST_SYMBOL = MAX_SYMBOL / 8
@@ -165,7 +166,7 @@ def _fixed(
         frame = dct_frame(layout, entry.shape[2:])
     elif transform.kind != "i":
         synthesis = _basis(layout, weight, damped, transform)
-        bands = inverse(synthesis) @ layout.bands(weight)
+        bands = product(inverse(synthesis), layout.bands(weight))
         worth = _column_cost(layout, damped, bands) * _by_group((bands**2).sum(1), sizes)
         frame, basis_depths = _packed_frame(layout, synthesis, worth, lmbda, sizes, method.feedback)
     bands = layout.bands(weight) if frame is None else layout.coded_bands(frame.analyze(weight))
@@ -216,7 +217,7 @@ def _factors(frame: Frame | None, a: FloatArray, g: FloatArray, feedback: bool) 
 
 def _basis(layout: Layout, weight: FloatArray, damped: Moments, transform: LayerTransform) -> FloatArray:
     bands = layout.bands(weight)
-    energy = bands @ bands.T
+    energy = product(bands, bands.T)
     return klt(energy) if transform.kind == "k" else elt(energy, sum(band_cost(layout, a, g) for a, g in damped))  # type: ignore[arg-type]
 
 
@@ -233,7 +234,7 @@ def _frame(
     if open_at is None:
         return closed_frame(layout, synthesis, transform.bits)
     # an entry of column b is as sensitive as its band has energy: the same rule as for weights
-    bands = inverse(synthesis) @ layout.bands(weight)
+    bands = product(inverse(synthesis), layout.bands(weight))
     sizes = open_at / np.sqrt(np.maximum(_column_cost(layout, damped, bands) * (bands**2).sum(1), 1e-300))
     largest = np.abs(synthesis).max(0)
     # half octaves, as step exponents are: between its points the coefficients' steps follow c smoothly
@@ -263,7 +264,7 @@ def _packed_frame(
         exact = open_frame(layout, synthesis, basis.astype(np.int32), scale)
         if not feedback:
             return exact, depths
-        if np.linalg.cond(exact.synthesis) < WORST_CONDITION:
+        if condition(exact.synthesis) < WORST_CONDITION:
             break
     return replace(exact, analysis=inverse(exact.synthesis)), depths
 

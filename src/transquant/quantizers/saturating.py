@@ -17,7 +17,7 @@ def best_steps(values: FloatArray, most: int = MOST_DEPTH) -> tuple[FloatArray, 
     x = np.ascontiguousarray(values, np.float64).reshape(-1)
     largest = float(np.abs(x).max(initial=0.0))
     errors, quarters = np.zeros(most + 1), np.zeros(most + 1, np.int32)
-    errors[0] = x @ x
+    errors[0] = np.sum(x * x)  # not x @ x: how a dot product is summed up depends on the number of threads
     if largest > 0:
         for depth in range(1, most + 1):
             # from the step that reaches the largest value on, downwards: finer steps clip more

@@ -15,14 +15,14 @@ from __future__ import annotations
 import numpy as np
 
 from transquant.records import FloatArray
+from transquant.transforms.algebra import congruence, eigenvectors, inverse, lower_factor, product, solve
 
 ELT_DAMPING = 1e-3  # of the mean diagonal entry of G
 
 
 def klt(energy: FloatArray) -> FloatArray:
     """Synthesis matrix float64 (r, r) of H (r, r)."""
-    _, vectors = np.linalg.eigh(energy)
-    return _with_signs(vectors[:, ::-1])
+    return _with_signs(eigenvectors(energy))
 
 
 def elt(energy: FloatArray, cost: FloatArray) -> FloatArray:
@@ -30,23 +30,26 @@ def elt(energy: FloatArray, cost: FloatArray) -> FloatArray:
     mean = float(np.trace(cost)) / len(cost)
     if not mean > 0:
         return klt(energy)
-    lower = np.linalg.cholesky(cost / mean + ELT_DAMPING * np.eye(len(cost)))
-    _, vectors = np.linalg.eigh(lower.T @ energy @ lower)
-    synthesis = np.linalg.solve(lower.T, vectors[:, ::-1])
+    lower = lower_factor(cost / mean + ELT_DAMPING * np.eye(len(cost)))
+    synthesis = solve(lower.T, eigenvectors(congruence(lower, energy)))
     synthesis = synthesis / np.linalg.norm(synthesis, axis=0)
-    analysis = np.linalg.inv(synthesis)
-    variances = np.einsum("ij,jk,ik->i", analysis, energy, analysis)
+    variances = _diagonals(inverse(synthesis), energy)
     return _with_signs(synthesis[:, np.argsort(-variances, kind="stable")])
 
 
 def coding_gain_bits(energy: FloatArray, cost: FloatArray, synthesis: FloatArray) -> float:
     """Bits a coefficient that a basis saves at high rate over no transform:
     ½ mean log2 of (H_bb G_bb) / (σ²_b γ_b)."""
-    analysis = np.linalg.inv(synthesis)
-    variances = np.einsum("ij,jk,ik->i", analysis, energy, analysis)
-    costs = np.einsum("ji,jk,ki->i", synthesis, cost, synthesis)
+    variances = _diagonals(inverse(synthesis), energy)
+    costs = _diagonals(synthesis.T, cost)
     before = np.log2(np.diagonal(energy) * np.diagonal(cost))
     return float(0.5 * np.mean(before - np.log2(variances * costs)))
+
+
+def _diagonals(rows: FloatArray, moment: FloatArray) -> FloatArray:
+    """Diagonal of R M Rᵀ, float64 (r,)."""
+    diagonal: FloatArray = (product(rows, moment) * rows).sum(1)
+    return diagonal
 
 
 def _with_signs(basis: FloatArray) -> FloatArray:

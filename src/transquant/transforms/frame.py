@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from transquant.records import FloatArray, IntArray
+from transquant.transforms.algebra import condition, congruence, inverse, product
 from transquant.transforms.exact import DCT_BITS, dct_basis
 from transquant.transforms.layout import Layout
 
@@ -43,12 +44,12 @@ class Frame:
 
     def analyze(self, weight: FloatArray) -> FloatArray:
         """Coefficients (O, n) of a weight (O, n)."""
-        coded: FloatArray = self.layout.coded(self.analysis @ self.layout.bands(weight))
+        coded: FloatArray = self.layout.coded(product(self.analysis, self.layout.bands(weight)))
         return coded
 
     def synthesize(self, coeffs: FloatArray) -> FloatArray:
         """The weight (O, n) of coefficients (O, n)."""
-        weight: FloatArray = self.layout.weight(self.synthesis @ self.layout.coded_bands(coeffs))
+        weight: FloatArray = self.layout.weight(product(self.synthesis, self.layout.coded_bands(coeffs)))
         return weight
 
     def column_moment(self, moment: FloatArray) -> FloatArray:
@@ -58,10 +59,10 @@ class Frame:
         s, channels, taps = self.synthesis, self.layout.channels, self.layout.taps
         if moment.ndim == 1:
             if self.layout.axis == "k":
-                return np.ascontiguousarray((moment.reshape(channels, taps) @ s**2).T).reshape(-1)
+                return np.ascontiguousarray(product(moment.reshape(channels, taps), s**2).T).reshape(-1)
             if self.layout.axis == "c":
-                return np.ascontiguousarray((s**2).T @ moment.reshape(channels, taps)).reshape(-1)
-            return moment @ s**2
+                return product((s**2).T, moment.reshape(channels, taps)).reshape(-1)
+            return product(moment[None], s**2).reshape(-1)
         a, t = torch.from_numpy(moment), torch.from_numpy(s)
         if self.layout.axis == "j":
             return (t.T @ a @ t).numpy()
@@ -78,7 +79,7 @@ class Frame:
         if self.layout.axis != "r":
             return moment
         s = self.synthesis
-        return moment @ s**2 if moment.ndim == 1 else s.T @ moment @ s
+        return product(moment[None], s**2).reshape(-1) if moment.ndim == 1 else congruence(s, moment)
 
 
 def band_cost(layout: Layout, column_moment: FloatArray, row_moment: FloatArray) -> FloatArray:
@@ -108,7 +109,7 @@ def closed_frame(layout: Layout, synthesis: FloatArray, bits: int) -> Frame:
     for finer in range(bits, BASIS_BITS + 1):
         basis = np.rint(synthesis * 2.0**finer).astype(np.int32)
         decoded = np.asarray(basis * 2.0**-finer, np.float64)
-        if np.linalg.cond(decoded) < WORST_CONDITION:
+        if condition(decoded) < WORST_CONDITION:
             break
     return Frame(layout, decoded, inverse(decoded), np.full(len(basis), -4 * finer, np.int32), basis)
 
@@ -119,8 +120,3 @@ def open_frame(layout: Layout, synthesis: FloatArray, basis: IntArray, quarters:
     dead = np.abs(basis).max(0) == 0
     decoded = np.where(dead[None, :], synthesis, basis * 2.0 ** (quarters / 4))
     return Frame(layout, decoded, np.where(dead[:, None], 0, inverse(synthesis)), quarters, basis)
-
-
-def inverse(matrix: FloatArray) -> FloatArray:
-    """Inverse float64 (r, r)."""
-    return np.asarray(np.linalg.inv(matrix), np.float64)
