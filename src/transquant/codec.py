@@ -20,19 +20,22 @@ from torch import Tensor, nn
 
 from transquant import bitstream, modules, packing
 from transquant.accounting import file_report, report_of
-from transquant.choices import KINDS, Choice, Method
+from transquant.choices import KINDS, Choice, LayerTransform, Method
 from transquant.container import read_container, read_file, write_file
 from transquant.encoder import Encoder, Source
 from transquant.entropy.lanes import decode_planes
 from transquant.errors import InputError
 from transquant.guard import unchanged
-from transquant.records import Coded, CodedTensor, Container, IntArray, Limits, Plan, Statistics
+from transquant.records import BandCodes, Coded, CodedEntry, CodedTensor, Container, IntArray, LayerStats, Limits, Plan, Statistics
 from transquant.report import Report
 from transquant.stats import Reference, collect, weight_statistics
 from transquant.stats.metric import METRICS
 from transquant.target_search import TargetSearch
 from transquant.targets import parse_target
+from transquant.transform_choice import ChosenTransform
 from transquant.verification import verify as verify_groups
+from transquant.weights import CodedWeight
+from transquant.work import WorkFolder
 from transquant.workers import Workers, workers
 
 _log = logging.getLogger("transquant")
@@ -42,6 +45,9 @@ M = TypeVar("M", bound=nn.Module)
 
 STATE_BITS = 3  # log2 of the number of states of a trellis
 MORE_STATE_BITS = {6: 4, 7: 5, 8: 5, 9: 6}  # by effort
+KEPT = (  # what a work folder may hold
+    Statistics, LayerStats, CodedWeight, CodedTensor, CodedEntry, BandCodes, ChosenTransform, LayerTransform,
+)  # fmt: skip
 HELD_BACK = 512  # samples, at most, and at most one in five
 
 
@@ -97,6 +103,7 @@ def compress(
     output: Callable[[Any], Tensor] | None = None,
     seed: int = 0,
     verify: bool = False,
+    work: str | PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> CompressedModel:
     """Compress a trained network to a file of a given size.
@@ -114,11 +121,15 @@ def compress(
     exactly. `effort` 1 or 2: nothing is tuned on held-back samples; 3 to 9: all is; from 6 on trellises have 16, 32, 32 and 64
     states instead of 8 (64 take three times as long). `forward(model, batch)` and `output(result)` override how a batch is run
     and what counts. `verify`: measure the closed-form distortion group by group, for the report.
-    `progress(stage, done, total)` is called as work goes on.
+    `work`: a folder for finished parts (`work.WorkFolder`), from which the same call goes on after it was killed; made if
+    there is none, and then deleted at the end. `progress(stage, done, total)` is called as work goes on.
+
+    Where torch.distributed has been initialised, all its processes must call with the same arguments; they share the work, and
+    each returns the whole result.
 
     Files are at most the asked size and at most 1 % (or 64 bytes) smaller, down to steps of 1/130,000 of a tensor's largest
     value: no file is finer. The same input, options and seed give the same
-    file, whatever the number of threads. Raises InputError, TargetError.
+    file, whatever the number of threads and processes. Raises InputError, TargetError.
     """
     _check_options(metric, objective, effort, seed)
     method = _method(transform, axis, coding, feedback, trellis, effort)
@@ -133,7 +144,10 @@ def compress(
     if calibration is None and metric in ("kl", "mse"):
         raise InputError(f"metric {metric!r} needs calibration data; without it the metric is 'weights'")
 
-    with torch.inference_mode(False), unchanged(module), workers() as pool:
+    folder = None if work is None else lambda: WorkFolder(work, KEPT)
+    with torch.inference_mode(False), unchanged(module), workers(folder) as pool:
+        options = given if max_drop is None else "max_drop", method, metric, effort, seed, verify, work is None
+        pool.processes.agree("models or options", options, plan, state)
         source = Source(*modules.gather(plan, state))
         stats, reference = _calibrate(module, calibration, plan, source, metric, forward, output, seed, pool, say)
         search = TargetSearch(Encoder(plan, source, stats, pool, method), reference, module, target, effort, say)
@@ -141,6 +155,9 @@ def compress(
         measured = reference.distortion(draft.state()) if reference else None
         encoded = search.encoder.encode(draft)
         points = _verified(search, reference, draft.c, choice, say) if verify else ()
+        taken, computed = pool.counts("layer")
+    if pool.folder is not None and pool.processes.rank == 0:
+        pool.folder.finish()
     _log.info("%d bytes; chosen on held-back samples: %s; c = %.4g", len(encoded.data), choice, draft.c)
     asked = {k: v for k, v in given.items() if v is not None and k != "max_drop"}
     settings: dict[str, Any] = {
@@ -151,6 +168,8 @@ def compress(
         "c": draft.c,
         "samples": stats.samples,
     }
+    if work is not None:
+        settings["work"] = {"layers_taken": taken, "layers_computed": computed}
     if search.scores:
         settings["score"] = {"float": search.scores[0], "compressed": search.scores[1]}
     gains = {name: t.gain for name, t in search.transforms.items()}
@@ -248,6 +267,7 @@ def _calibrate(
     if calibration is None or module is None or metric == "weights":
         return weight_statistics(plan, source.values), None
     batches = list(modules.micro_batches(modules.batches_of(calibration, whole=forward is not None)))
+    pool.processes.agree("calibration samples", batches)
     if len(batches) == 1:
         _log.warning("there is one calibration sample: the distortion is measured on it too, nothing could be held back")
     sizes = [modules.num_samples(b) for b in batches]

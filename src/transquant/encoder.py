@@ -9,6 +9,7 @@ Every layer depends on c, the `Choice` and its transform alone, so layers run in
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +21,7 @@ from transquant.bitstream import EncodedFile, Job, encode, values
 from transquant.choices import IDENTITY, PACKED, Choice, LayerTransform, Method
 from transquant.entropy.lanes import encode_planes
 from transquant.entropy.tables import fold_for
+from transquant.fingerprint import fingerprint
 from transquant.grid import global_step, nearest_qp, steps
 from transquant.metadata import write_distortions
 from transquant.quantizers.feedback import Rounding, quantize_feedback
@@ -103,10 +105,16 @@ class Encoder:
             for name, layer in stats.layers.items()
         }
         self.idle_level = _mean_energy(self.layers, source.values)
+        self.known: dict[str, bytes] = {}  # fingerprints of weights with their statistics, where results are kept
+        if pool.folder is not None:
+            weights = [s for s in plan.specs if isinstance(s, WeightSpec)]
+            self.known = {s.name: fingerprint(s, source.values[s.name], self.layers[s.name], self.idle_level) for s in weights}
 
     def transformed(self, transforms: Mapping[str, LayerTransform]) -> Encoder:
         """The same encoder with other transforms."""
-        return Encoder(self.plan, self.source, self.stats, self.pool, self.method, transforms)
+        other = copy(self)
+        other.transforms = transforms
+        return other
 
     def draft(self, c: float, choice: Choice) -> Draft:
         """Quantize everything with scalar c, rounded to the format's grid."""
@@ -115,7 +123,10 @@ class Encoder:
         specs = self.plan.specs
         weights = [s for s in specs if isinstance(s, WeightSpec)]
         weights.sort(key=lambda s: -np.prod(s.shape[:1]) * np.prod(s.shape))  # long ones first
-        results = self.pool.map(lambda s: self._weight(s, c, step, choice), weights)
+        results = self.pool.map(
+            lambda s: self._weight(s, c, step, choice), weights,
+            "layer", lambda s: (self.known[s.name], c, step, choice, self.transform(s), self.method),
+        )  # fmt: skip
         done = {spec.name: result for spec, result in zip(weights, results, strict=True)}
         shifts = {f"{name.removesuffix('weight')}bias": w.shift for name, w in done.items() if w.shift is not None}
         coded: dict[str, Coded] = {}
@@ -148,7 +159,7 @@ class Encoder:
         metadata = write_distortions(self.stats.metric, draft.distortions)
 
         def encode_sections(jobs: Sequence[Job]) -> list[tuple[bytes, list[float]]]:
-            return self.pool.map(lambda job: encode_planes(*job), jobs)
+            return self.pool.map(lambda job: encode_planes(*job), jobs, "section", lambda job: job)
 
         return encode(draft.step, draft.entries, draft.coded, self.source.raw, encode_sections, metadata)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -159,13 +160,18 @@ class TargetSearch:
     def _score(self, state: Mapping[str, Tensor]) -> float:
         assert self.target.evaluate is not None
         assert self.module is not None
-        twin = copy_model(self.module)
-        twin.load_state_dict(dict(state), strict=False)
-        score = self.target.evaluate(twin)
-        try:
-            number = float(score)
-        except (TypeError, ValueError):
-            number = float("nan")
-        if number != number:
-            raise InputError(f"evaluate returned {score!r}, allowed are numbers, higher is better")
-        return number
+        evaluate, module = self.target.evaluate, self.module
+        return self.encoder.pool.processes.once(lambda: _score(evaluate, module, state))  # it may not be the same everywhere
+
+
+def _score(evaluate: Callable[[Any], float], module: nn.Module, state: Mapping[str, Tensor]) -> float:
+    twin = copy_model(module)
+    twin.load_state_dict(dict(state), strict=False)
+    score = evaluate(twin)
+    try:
+        number = float(score)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if number != number:
+        raise InputError(f"evaluate returned {score!r}, allowed are numbers, higher is better")
+    return number

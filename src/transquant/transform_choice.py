@@ -58,8 +58,9 @@ def choose_transforms(encoder: Encoder, c: float, choice: Choice) -> dict[str, C
     open_ones = [s for s in specs if len(candidates[s.name]) > 1]
     price = exchange_rate(encoder, c, choice) if open_ones else 0.0
     found = encoder.pool.map(
-        lambda s: _choose(s, values[s.name], layers[s.name], candidates[s.name], c, price, choice, method), open_ones
-    )
+        lambda s: _choose(s, values[s.name], layers[s.name], candidates[s.name], c, price, choice, method), open_ones,
+        "transform", lambda s: (encoder.known[s.name], candidates[s.name], c, price, choice, method),
+    )  # fmt: skip
     chosen = {s.name: ChosenTransform(candidates[s.name][0], 0.0) for s in specs}
     chosen |= {s.name: t for s, t in zip(open_ones, found, strict=True)}
     return {name: t for name, t in chosen.items() if t.transform != IDENTITY}

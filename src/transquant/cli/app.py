@@ -13,6 +13,7 @@ import typer
 
 from transquant import __version__
 from transquant.cli import commands
+from transquant.cli.launch import be_silent, joined, leads
 from transquant.errors import OutputError, TransquantError
 
 EXIT_CODES = """Exit codes: 0 ok; 1 internal error; 2 usage or input; 3 target not reachable; 4 bad compressed file;
@@ -39,8 +40,10 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def run(*arguments: object, **options: object) -> None:
         try:
-            command(*arguments, **options)
-            sys.stdout.flush()
+            with joined(command.__name__) as needed:
+                if needed:
+                    command(*arguments, **options)
+                sys.stdout.flush()
         except (KeyboardInterrupt, EOFError):
             raise _Interrupted from None
         except BrokenPipeError:  # whoever read stdout has seen enough
@@ -73,6 +76,8 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with a documented code."""
     given = sys.argv[1:] if arguments is None else arguments
+    if not leads():
+        be_silent()
     try:
         app(given, prog_name="transquant")
     except TransquantError as error:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from transquant.cli.console import print_json, progress_bar, set_logging
+from transquant.cli.launch import leads
 from transquant.errors import InputError, OutputError
 
 if TYPE_CHECKING:
@@ -90,13 +91,17 @@ def compress(
     metric: Metric = "auto", transform: Transform = "auto", axis: Axis = None, coding: Coding = "entropy",
     feedback: Feedback = True, trellis: Trellis = True, effort: Effort = 5, seed: Seed = 0,
     verify: Annotated[bool, typer.Option(help="Measure the distortion group by group and compare with the closed form.")] = False,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder for finished parts: the same command goes on from them after it was killed.")
+    ] = None,
     resize: Resize = None, crop: Crop = None, mean: Mean = "0", std: Std = "1", scale: Scale = 255.0,
     limit: Limit = None, batch: Batch = 100,
     as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False, force: Force = False,
 ) -> None:  # fmt: skip
     """Compress a trained network to a file of a given size."""
     set_logging(quiet, verbose)
-    _output(output, force, model, weights, calibration, data)
+    if leads():
+        _output(output, force, model, weights, calibration, data)
     _one_target(bits=bits, size=size, ratio=ratio, distortion=distortion, step=step, max_drop=max_drop)
     from transquant.cli.models import load_model
     from transquant.codec import compress as run
@@ -113,9 +118,11 @@ def compress(
         compressed = run(
             net, samples.batches if samples else None, bits=bits, size=size, ratio=ratio, distortion=distortion,
             step=step, max_drop=drop, metric=metric, transform=transform, axis=axis, coding=coding, feedback=feedback,
-            trellis=trellis, effort=effort, seed=seed, verify=verify,
+            trellis=trellis, effort=effort, seed=seed, verify=verify, work=work,
             overrides=dict.fromkeys(exact or [], "exact"), progress=progress,
         )  # fmt: skip
+    if not leads():
+        return
     compressed.save(output)
     score: dict[str, Any] = {}
     if test is not None:

@@ -1,7 +1,8 @@
 """Streams calibration batches through copies of the model and sums up what they say.
 
-Partial sums of a micro-batch are added in the order of the micro-batches, so the result depends neither on the number
-of threads nor on how the user cut the batches. The model itself is never touched: copies run in its place.
+Partial sums of a micro-batch are added in the order of the micro-batches, those of a fold in one process, so the result depends
+neither on the number of threads and processes nor on how the user cut the batches. The model itself is never touched: copies
+run in its place.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from transquant.stats.copies import wide_copy
 from transquant.stats.metric import direction, resolve, unit
 from transquant.stats.moments import Moments, moment_shapes
 from transquant.stats.recorders import Handle, attach
-from transquant.stats.sums import Sums, layer_stats, tied_name, together
+from transquant.stats.sums import Sums, assembled, layer_stats, tied_name, together
 from transquant.workers import Workers
 
 Run = Callable[[nn.Module, Any], Tensor]
@@ -51,22 +52,46 @@ def collect(
     direction a sample, one forward and one backward pass. The scale of each layer's G ⊗ A is that of E‖∇W‖². `cross_validate`: the
     moments' eigenvalues are what other samples say (`shrinkage`); else moments are the sample's.
     Raises InputError for a model that cannot be copied or run, and for NaN or infinite activations."""
-    collectors = [_Collector(wide_copy(model), plan, run, max_side, memory_limit) for _ in range(min(pool.count, len(batches)))]
+    number = max(1, min(pool.count, -(-len(batches) // pool.processes.size)))
+    collectors = [_Collector(wide_copy(model), plan, run, max_side, memory_limit) for _ in range(number)]
     with torch.no_grad():
         metric = resolve(metric, run(collectors[0].model, batches[0]))
+
+    def depends() -> object:  # the sums of one batch stand for the code of the model, which cannot be seen
+        own = model.state_dict(), plan, batches, metric, seed, max_side, memory_limit, cross_validate
+        return own, collectors[0].partial(0, batches[0], metric, seed)
+
+    return pool.keep(
+        "statistics", depends, lambda: _statistics(collectors, batches, plan, pool, metric, seed, cross_validate, progress)
+    )
+
+
+def _statistics(
+    collectors: Sequence[_Collector],
+    batches: Sequence[Any],
+    plan: Plan,
+    pool: Workers,
+    metric: str,
+    seed: int,
+    cross_validate: bool,
+    progress: Progress | None,
+) -> Statistics:
     needed = sum(shape.num_bytes for shape in collectors[0].shapes.values())
     num_folds = MANY_FOLDS if needed < FEW_ABOVE else FEW_FOLDS
-    folds: list[Sums] = []
-    for first in range(0, len(batches), len(collectors)):
-        chunk = list(enumerate(batches[first : first + len(collectors)], first))
+    mine = [k for k in range(len(batches)) if k % num_folds % pool.processes.size == pool.processes.rank]
+    own: dict[int, Sums] = {}
+    for first in range(0, len(mine), len(collectors)):
+        chunk = [(k, batches[k]) for k in mine[first : first + len(collectors)]]
         jobs = zip(collectors, chunk, strict=False)
-        for k, partial in enumerate(pool.map(lambda job: job[0].partial(*job[1], metric, seed), jobs), first):
+        for (k, _), partial in zip(chunk, pool.own(lambda job: job[0].partial(*job[1], metric, seed), jobs), strict=True):
             if k < num_folds:
-                folds.append(partial)
+                own[k] = partial
             else:
-                folds[k % num_folds].add(partial)
+                own[k % num_folds].add(partial)
         if progress:
-            progress(min(first + len(collectors), len(batches)), len(batches))
+            progress(min(first + len(collectors), len(mine)), len(mine))
+    pieces = [(fold, piece) for fold, sums in own.items() for piece in sums.pieces()]
+    folds = assembled(piece for share in pool.processes.swap(pieces) for piece in share)
     total = together(folds)
     if not total.positions and not total.row_squares:
         raise InputError("calibration reached no weight of the model: is its forward a function of another object?")

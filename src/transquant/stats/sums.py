@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,6 +53,27 @@ class Sums:
             {k: list(v) for k, v in self.energies.items()}, _copy(self.vectors), self.samples, self.unit,
         )  # fmt: skip
 
+    def pieces(self) -> Iterator[Piece]:
+        """All that is small, then one moment after the other: what `assembled` puts together again."""
+        yield "", "", self.without_moments()
+        for part in ("columns", "rows"):
+            for name, moment in getattr(self, part).items():
+                yield part, name, moment
+
+
+Piece = tuple[str, str, Any]  # part, weight, moment; or "", "", the rest
+
+
+def assembled(pieces: Iterable[tuple[int, Piece]]) -> list[Sums]:
+    """The folds, in order, of all their pieces."""
+    folds: dict[int, Sums] = {}
+    for fold, (part, name, value) in pieces:
+        if part:
+            getattr(folds[fold], part)[name] = value
+        else:
+            folds[fold] = value
+    return [folds[k] for k in sorted(folds)]
+
 
 def _copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in tensors.items()}
@@ -89,7 +111,9 @@ def layer_stats(spec: WeightSpec, folds: Sequence[Sums], total: Sums, shape: Sha
         products, by_group = np.full_like(products, products.sum()), np.full_like(by_group, by_group.sum())
     scale = np.divide(by_group, products, out=np.zeros_like(products), where=products > 0) * total.unit
     output_moment = output_moment * scale.reshape(-1, *(1,) * (output_moment.ndim - 1))
-    stats = LayerStats(input_moment, output_moment, total.samples, energy, error)
+    # one memory layout, wherever a layer was computed: it may decide how products are summed up
+    moments = np.ascontiguousarray(input_moment), np.ascontiguousarray(output_moment)
+    stats = LayerStats(*moments, total.samples, energy, error)
     if name not in total.totals:
         return stats
     return replace(stats, input_mean=(total.totals[name] / total.positions[name].clamp(min=1)[:, None]).numpy())
