@@ -81,9 +81,9 @@ CALIBRATED = ("--calibration", "network.py:samples")
         (("--bits", 4, *CALIBRATED), 2),
         (("--step", 0.05, "--transform", "klt", "--axis", "input", *CALIBRATED), 2),  # 96 bands: numpy's BLAS would use threads
         (("--bits", 4, "--effort", 1), 2),
-        (("--bits", 4, "--effort", 1, *CALIBRATED), 6),  # more than there are folds or layers
+        (("--step", 0.05, "--transform", "identity", *CALIBRATED), 5),  # more than there are folds or layers
     ],
-    ids=["tuned", "klt", "no calibration", "six"],
+    ids=["tuned", "klt", "no calibration", "five"],
 )
 def test_the_file_of_one_process(launch, tmp_path, options, processes):
     command = ("compress", "--model", "network.py:net", *options)
