@@ -24,7 +24,7 @@ from transquant.fingerprint import fingerprint
 T = TypeVar("T")
 
 PATIENCE = timedelta(minutes=10)  # with processes that have not called yet
-_SHARED = "_raised_in_every_process"  # attribute of an error that all processes know of
+_SHARED = "raised in every process of the job"  # a note on errors that all processes know of
 
 
 class Processes:
@@ -42,7 +42,7 @@ class Processes:
         for failure, _ in messages:
             if failure is not None:
                 error = _rebuilt(*failure)
-                setattr(error, _SHARED, True)
+                error.add_note(_SHARED)
                 raise error
         values = [theirs for _, theirs in messages]
         values[self.rank] = value
@@ -87,7 +87,7 @@ class Processes:
         try:
             yield
         except BaseException as error:
-            if self._broken or getattr(error, _SHARED, False):
+            if self._broken or _SHARED in getattr(error, "__notes__", ()):
                 raise
             self._tell(error)
             raise
@@ -102,9 +102,9 @@ class Processes:
         first = next(rank for rank, (failure, _) in enumerate(messages) if failure is not None)
         if first != self.rank:
             other = _rebuilt(*messages[first][0])
-            setattr(other, _SHARED, True)
+            other.add_note(_SHARED)
             raise other from error
-        setattr(error, _SHARED, True)
+        error.add_note(_SHARED)
 
     def _swap(self, message: tuple[Any, Any], patience: timedelta | None) -> list[tuple[Any, Any]]:
         self._broken = True
