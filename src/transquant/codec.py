@@ -1,6 +1,7 @@
 """The whole story on one page.
 
     compress:   plan → collect → (tune) → search on c: [metric → steps → feedback → symbols → encode] → write
+                                          (at last layer by layer: paired inputs → targets → metric → …)
     load:       read → decode → dequantize → state dict → install
 
 One scalar c sets every step in the model (Δ = c/√sensitivity), so a target of any kind is a one-dimensional search on it.
@@ -27,8 +28,9 @@ from transquant.entropy.lanes import decode_planes
 from transquant.errors import InputError
 from transquant.guard import unchanged
 from transquant.records import BandCodes, Coded, CodedEntry, CodedTensor, Container, IntArray, LayerStats, Limits, Plan, Statistics
+from transquant.refinement import samples_in_order
 from transquant.report import Report
-from transquant.stats import Reference, collect, weight_statistics
+from transquant.stats import PairedNetworks, Reference, collect, weight_statistics
 from transquant.stats.metric import METRICS
 from transquant.target_search import TargetSearch
 from transquant.targets import parse_target
@@ -118,9 +120,11 @@ def compress(
     best of them). `coding`: "entropy", or "fixed" for bit depths a group of bands, packed (Young et al.). `feedback`: closed
     loop, or plain rounding of each coefficient. `trellis`: entropy-coded weights in the closed loop go along the best path
     of a trellis, or else each is rounded with a dead zone. `overrides`: {name pattern: "exact"} stores matching tensors
-    exactly. `effort` 1 or 2: nothing is tuned on held-back samples; 3 to 9: all is; from 6 on trellises have 16, 32, 32 and 64
-    states instead of 8 (64 take three times as long). `forward(model, batch)` and `output(result)` override how a batch is run
-    and what counts. `verify`: measure the closed-form distortion group by group, for the report.
+    exactly. `effort` 1 or 2: nothing is tuned on held-back samples; 3 to 9: all is. From 5 on layers are quantized in execution
+    order at last, each making up for the errors of those before (below 7 on at most 512 samples, and not in very large networks);
+    from 6 on trellises have 16, 32, 32 and 64 states instead of 8 (64 take three times as long). `forward(model, batch)` and
+    `output(result)` override how a batch is run and what counts. `verify`: measure the closed-form distortion group by group, for
+    the report.
     `work`: a folder for finished parts (`work.WorkFolder`), from which the same call goes on after it was killed; made if
     there is none, and then deleted at the end. `progress(stage, done, total)` is called as work goes on.
 
@@ -149,8 +153,9 @@ def compress(
         options = given if max_drop is None else "max_drop", method, metric, effort, seed, verify, work is None
         pool.processes.agree("models or options", options, plan, state)
         source = Source(*modules.gather(plan, state))
-        stats, reference = _calibrate(module, calibration, plan, source, metric, forward, output, seed, pool, say)
-        search = TargetSearch(Encoder(plan, source, stats, pool, method), reference, module, target, effort, say)
+        most = samples_in_order(source, effort) if method.feedback else 0
+        stats, reference, paired = _calibrate(module, calibration, plan, source, metric, forward, output, seed, pool, say, most)
+        search = TargetSearch(Encoder(plan, source, stats, pool, method), reference, module, target, effort, say, paired)
         draft, choice = search.run()
         measured = reference.distortion(draft.state()) if reference else None
         encoded = search.encoder.encode(draft)
@@ -261,11 +266,12 @@ def _open(model: Any, overrides: Mapping[str, Any] | None) -> tuple[nn.Module | 
 
 def _calibrate(
     module: nn.Module | None, calibration: Iterable[Any] | None, plan: Plan, source: Source, metric: str,
-    forward: Any, output: Any, seed: int, pool: Workers, say: Progress,
-) -> tuple[Statistics, Reference | None]:  # fmt: skip
-    """Statistics from most of the samples, a reference on the others; every sample is run once for each."""
+    forward: Any, output: Any, seed: int, pool: Workers, say: Progress, in_order: int,
+) -> tuple[Statistics, Reference | None, PairedNetworks | None]:  # fmt: skip
+    """Statistics from most of the samples, and a reference on the others; every sample is run once for each. Pairs of networks, for
+    layers in execution order, on at most `in_order` of those with statistics."""
     if calibration is None or module is None or metric == "weights":
-        return weight_statistics(plan, source.values), None
+        return weight_statistics(plan, source.values), None, None
     batches = list(modules.micro_batches(modules.batches_of(calibration, whole=forward is not None)))
     pool.processes.agree("calibration samples", batches)
     if len(batches) == 1:
@@ -282,4 +288,6 @@ def _calibrate(
         return modules.run_batch(model, batch, forward, output, finite=False)
 
     stats = collect(module, used, plan, run, pool, metric, seed, progress=lambda done, total: say("statistics", done, total))
-    return stats, Reference(module, held, run_any, pool, stats.metric)
+    reference = Reference(module, held, run_any, pool, stats.metric)
+    few = [b for k, b in enumerate(used) if sum(map(modules.num_samples, used[:k])) < in_order]
+    return stats, reference, PairedNetworks(module, few, plan, run_any, pool) if few else None

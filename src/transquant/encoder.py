@@ -22,7 +22,7 @@ from transquant.choices import IDENTITY, PACKED, Choice, LayerTransform, Method
 from transquant.entropy.lanes import encode_planes
 from transquant.entropy.tables import fold_for
 from transquant.fingerprint import fingerprint
-from transquant.grid import global_step, nearest_qp, steps
+from transquant.grid import global_step, nearest_qp, on_grid, steps
 from transquant.metadata import write_distortions
 from transquant.quantizers.feedback import Rounding, quantize_feedback
 from transquant.quantizers.metric import centred, mean_diagonal
@@ -43,6 +43,7 @@ from transquant.records import (
     Plan,
     RawEntry,
     RawSpec,
+    Spec,
     Statistics,
     VectorSpec,
     WeightSpec,
@@ -101,14 +102,15 @@ class Encoder:
         biases = {s.name for s in plan.specs if isinstance(s, VectorSpec) and s.name.endswith("bias")} - shared
         own_bias = {name.removesuffix("bias") for name in biases if f"{name.removesuffix('bias')}weight" not in shared}
         self.layers = {
-            name: centred(layer) if name.removesuffix("weight") in own_bias else replace(layer, input_mean=None)
+            name: centred(layer)
+            if name.removesuffix("weight") in own_bias
+            else (layer if name in stats.absorbers else replace(layer, input_mean=None))
             for name, layer in stats.layers.items()
         }
         self.idle_level = _mean_energy(self.layers, source.values)
+        self.done: dict[str, CodedWeight] = {}  # weights that are quantized already
         self.known: dict[str, bytes] = {}  # fingerprints of weights with their statistics, where results are kept
-        if pool.folder is not None:
-            weights = [s for s in plan.specs if isinstance(s, WeightSpec)]
-            self.known = {s.name: fingerprint(s, source.values[s.name], self.layers[s.name], self.idle_level) for s in weights}
+        self._fingerprint([s.name for s in plan.specs if isinstance(s, WeightSpec)])
 
     def transformed(self, transforms: Mapping[str, LayerTransform]) -> Encoder:
         """The same encoder with other transforms."""
@@ -116,19 +118,63 @@ class Encoder:
         other.transforms = transforms
         return other
 
-    def draft(self, c: float, choice: Choice) -> Draft:
-        """Quantize everything with scalar c, rounded to the format's grid."""
-        step = global_step(max(c, FINEST))
-        c = float(steps(step, np.zeros((1, 1), np.int64))[0, 0])
-        specs = self.plan.specs
-        weights = [s for s in specs if isinstance(s, WeightSpec)]
-        weights.sort(key=lambda s: -np.prod(s.shape[:1]) * np.prod(s.shape))  # long ones first
+    def revised(
+        self, values: Mapping[str, FloatArray], means: Mapping[str, FloatArray], done: Mapping[str, CodedWeight]
+    ) -> Encoder:
+        """The same encoder with other values to code, other means of layers' inputs where those matter, and more weights that
+        are quantized already."""
+        twin = copy(self)
+        twin.source = replace(self.source, values={**self.source.values, **values})
+        twin.layers = dict(self.layers)
+        for name, mean in means.items():
+            if self.layers[name].input_mean is not None:
+                twin.layers[name] = replace(self.layers[name], input_mean=mean)
+        twin.done = {**self.done, **done}
+        twin.known = dict(self.known)
+        twin._fingerprint([name for name in {**values, **means} if name in self.layers])
+        return twin
+
+    def _fingerprint(self, names: Sequence[str]) -> None:
+        if self.pool.folder is not None:
+            specs = {s.name: s for s in self.plan.specs}
+            for name in names:
+                self.known[name] = fingerprint(specs[name], self.source.values[name], self.layers[name], self.idle_level)
+
+    def weights(self, names: Sequence[str], c: float, choice: Choice) -> dict[str, CodedWeight]:
+        """Quantize some weights with a scalar c that is on the format's grid."""
+        step = global_step(c)
+        specs = [s for s in self.plan.specs if isinstance(s, WeightSpec) and s.name in set(names)]
+        specs.sort(key=lambda s: -np.prod(s.shape[:1]) * np.prod(s.shape))  # long ones first
         results = self.pool.map(
-            lambda s: self._weight(s, c, step, choice), weights,
+            lambda s: self._weight(s, c, step, choice), specs,
             "layer", lambda s: (self.known[s.name], c, step, choice, self.transform(s), self.method),
         )  # fmt: skip
-        done = {spec.name: result for spec, result in zip(weights, results, strict=True)}
-        shifts = {f"{name.removesuffix('weight')}bias": w.shift for name, w in done.items() if w.shift is not None}
+        return {spec.name: result for spec, result in zip(specs, results, strict=True)}
+
+    def absorber(self, name: str) -> str | None:
+        """The vector of the source that takes the mean error of a weight's output, if there is one."""
+        if self.layers[name].input_mean is None:
+            return None
+        norm = self.stats.absorbers.get(name)
+        return f"{name.removesuffix('weight')}bias" if norm is None else f"{norm}.shift"
+
+    def draft(self, c: float, choice: Choice) -> Draft:
+        """Quantize everything with scalar c, rounded to the format's grid."""
+        c = on_grid(max(c, FINEST))
+        todo = [s.name for s in self.plan.specs if isinstance(s, WeightSpec) and s.name not in self.done]
+        return self._assembled(self.plan.specs, self.done | self.weights(todo, c, choice), c)
+
+    def so_far(self, c: float) -> Draft:
+        """A draft of the weights that are quantized already, and of what makes up for their errors; nothing else."""
+        taken = {vector for vector in map(self.absorber, self.done) if vector is not None}
+        taken |= {vector.removesuffix(".shift") for vector in taken} | set(self.done)
+        specs = [s for s in self.plan.specs if (s.of if isinstance(s, AliasSpec) else s.name) in taken]
+        return self._assembled(specs, self.done, c)
+
+    def _assembled(self, specs: Sequence[Spec], done: Mapping[str, CodedWeight], c: float) -> Draft:
+        """A draft of some specs, whose weights are quantized, with scalar c on the format's grid."""
+        step = global_step(c)
+        shifts = {self.absorber(name): w.shift for name, w in done.items() if w.shift is not None}
         coded: dict[str, Coded] = {}
         entries: list[Entry] = []
         distortions: dict[str, float] = {}
@@ -143,7 +189,10 @@ class Encoder:
                 entries.append(entry)
             elif isinstance(spec, BatchNormSpec):
                 scale = self._vector(f"{spec.name}.scale", spec.key("weight"), c, step)
-                shift = self._vector(f"{spec.name}.shift", spec.key("bias"), c, step)
+                extra = shifts.get(f"{spec.name}.shift")
+                if extra is not None:  # of the BatchNorm's input
+                    extra = self.source.values[f"{spec.name}.scale"] * extra
+                shift = self._vector(f"{spec.name}.shift", spec.key("bias"), c, step, extra)
                 norm = BatchNormEntry(spec.name, spec.channels, spec.dtype, (scale[0], shift[0]), spec.eps, spec.batches_tracked)
                 coded[spec.name] = CodedBatchNorm(norm, scale[1], shift[1])
                 distortions[spec.name] = scale[2] + shift[2]

@@ -28,6 +28,11 @@ def global_step(value: float) -> tuple[int, int]:
     return mantissa, min(max(exponent - 12, -160), 60)
 
 
+def on_grid(value: float) -> float:
+    """The positive value nearest to another that the format has as its global step."""
+    return float(steps(global_step(value), np.zeros((1, 1), np.int64))[0, 0])
+
+
 def nearest_qp(ratio: float) -> int:
     """Quarter-octave index of a positive step relative to the global step, clamped to the format's range."""
     return int(min(max(floor(4 * log2(ratio) + 0.5), -MAX_QP), MAX_QP))

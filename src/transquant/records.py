@@ -336,9 +336,11 @@ class LayerStats:
 class Statistics:
     """All that calibration learns. `vectors[key]`: float64, elementwise sensitivity (same shape as the tensor; for a
     BatchNorm keys "<module>.weight" and "<module>.bias" in terms of the equivalent scale and shift) such that the
-    predicted distortion of an error e is sum(sensitivity · e²). `metric` is what was used: "kl", "mse" or "weights"."""
+    predicted distortion of an error e is sum(sensitivity · e²). `metric` is what was used: "kl", "mse" or "weights". `absorbers`:
+    by weight, the BatchNorm whose shift can take the mean error of the layer's output."""
 
     layers: Mapping[str, LayerStats]
     vectors: Mapping[str, FloatArray]
     metric: str
     samples: int
+    absorbers: Mapping[str, str] = field(default_factory=dict)

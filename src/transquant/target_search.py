@@ -14,7 +14,8 @@ from transquant.choices import Choice
 from transquant.encoder import Draft, Encoder
 from transquant.errors import InputError, TargetError
 from transquant.records import WeightSpec
-from transquant.stats import Reference, copy_model
+from transquant.refinement import refine
+from transquant.stats import PairedNetworks, Reference, copy_model
 from transquant.targets import Target
 from transquant.transform_choice import ChosenTransform, choose_transforms, transforms_of
 from transquant.tuning import Tuner, choose
@@ -23,6 +24,7 @@ _log = logging.getLogger("transquant")
 
 COARSEST = 2.0**100  # a scalar c at which every symbol is zero
 FAITHFUL = Choice(rate=1.0, shrink=1.0)  # where the weights' own error is the metric, theory holds to the letter
+PASSES = 5  # through all layers in execution order, at most, until the size is met
 ROUGH = 0.05  # of the target's size: near enough to choose transforms
 
 Progress = Callable[[str, int, int], None]
@@ -39,8 +41,10 @@ class TargetSearch:
         target: Target,
         effort: int,
         say: Progress,
+        paired: PairedNetworks | None = None,
     ) -> None:
         self.encoder, self.reference, self.module, self.target, self.say = encoder, reference, module, target, say
+        self.paired = paired  # None: all layers are quantized at once, each for itself
         self.effort = effort
         self.transforms: dict[str, ChosenTransform] = {}
         self._float_score: float | None = None
@@ -54,17 +58,17 @@ class TargetSearch:
         choice = Choice() if self.reference else FAITHFUL
         if self.target.kind == "step":
             self._choose_transforms(self.target.value, choice)
-            return self.encoder.draft(self.target.value, choice), choice
+            return self._draft(self.target.value, choice), choice
         if self.target.kind == "bytes":
             start = self._start(self.target.value)
             self._choose_transforms(self._rough(choice, start), choice)
             choice, start = self._tuned(choice, self.target.value, start)
-            return self._meet_bytes(choice, start)
+            return self._refined(*self._meet_bytes(choice, start))
         draft = self._meet_quality(choice, self.encoder.first_guess(self.num_values / 4))
         self._choose_transforms(draft.c, choice)
         tuned, start = self._tuned(choice, self.size(draft), draft.c)
-        same = tuned == choice and not self.transforms
-        return (draft if same else self._meet_quality(tuned, start)), tuned
+        same = tuned == choice and not self.transforms and self.paired is None
+        return (draft if same else self._meet_quality(tuned, start, self._draft)), tuned
 
     def _choose_transforms(self, c: float, choice: Choice) -> None:
         """From here on the encoder uses the transforms that are best at c, or those that were asked for."""
@@ -130,21 +134,49 @@ class TargetSearch:
             _log.warning("the finest file has %d bytes; %d were allowed", closest.size, self.target.value)
         return closest.item
 
-    def _meet_quality(self, choice: Choice, start: float) -> Draft:
-        """The coarsest draft within the allowed distortion or drop."""
+    def _draft(self, c: float, choice: Choice) -> Draft:
+        """A draft whose layers make up for the errors of those before, where that is asked for."""
+        if self.paired is None:
+            return self.encoder.draft(c, choice)
+        return refine(self.encoder, self.paired, c, choice, lambda done, total: self.say("layers", done, total))
+
+    def _refined(self, draft: Draft, choice: Choice) -> tuple[Draft, Choice]:
+        """The same size with layers in execution order, if the held-back samples agree that this is better."""
+        if self.paired is None or self.reference is None:
+            return draft, choice
+        closest: Closest[Draft] = Closest(self.target.value)
+
+        def size_of(c: float) -> float:
+            found = self._draft(c, choice)
+            return closest.offer(found, self.size(found))
+
+        meet_size(size_of, self.target.value, 0.6 * self.target.slack, draft.c, self.num_values / 10, max_steps=PASSES)
+        refined = closest.item
+        if refined is None or not self.target.value - self.target.slack <= closest.size <= self.target.value:
+            _log.info("layers in execution order met no file of the asked size")
+            return draft, choice
+        before, after = self._distortion(draft), self._distortion(refined)
+        _log.info("measured distortion %.4g, with layers in execution order %.4g", before, after)
+        return (refined if after < before else draft), choice
+
+    def _meet_quality(self, choice: Choice, start: float, make: Callable[[float, Choice], Draft] | None = None) -> Draft:
+        """The coarsest draft within the allowed distortion or drop; `make(c, choice)` makes drafts."""
+        make = make or self.encoder.draft
+        drafts: dict[float, Draft] = {}
         tries = 0
 
         def good_enough(c: float) -> bool:
             nonlocal tries
             tries += 1
             self.say("search", tries, 0)
-            return self._worse_by(self.encoder.draft(c, choice)) <= self.target.value
+            drafts[c] = make(c, choice)
+            return self._worse_by(drafts[c]) <= self.target.value
 
         found = largest_feasible(good_enough, start, 0.02)
         if not found.feasible:
-            least = self._worse_by(self.encoder.draft(found.c, choice))
+            least = self._worse_by(drafts[found.c] if found.c in drafts else make(found.c, choice))
             raise TargetError(f"a {self.target.kind} of {self.target.value} cannot be reached: the smallest found is {least:.3g}")
-        draft = self.encoder.draft(found.c, choice)
+        draft = drafts[found.c]
         if self._float_score is not None:
             self.scores = self._float_score, self._float_score - self._worse_by(draft)
         return draft

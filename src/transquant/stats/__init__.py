@@ -3,6 +3,7 @@
 from transquant.stats.collect import collect
 from transquant.stats.copies import copy_model
 from transquant.stats.measure import Reference
+from transquant.stats.paired import PairedNetworks
 from transquant.stats.uncalibrated import weight_statistics
 
-__all__ = ["Reference", "collect", "copy_model", "weight_statistics"]
+__all__ = ["PairedNetworks", "Reference", "collect", "copy_model", "weight_statistics"]

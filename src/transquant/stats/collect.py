@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from transquant.errors import InputError
 from transquant.records import BatchNormSpec, FloatArray, Plan, Statistics, Use, VectorSpec, WeightSpec
+from transquant.stats.absorbers import absorbers
 from transquant.stats.copies import wide_copy
 from transquant.stats.metric import direction, resolve, unit
 from transquant.stats.moments import Moments, moment_shapes
@@ -56,14 +57,16 @@ def collect(
     collectors = [_Collector(wide_copy(model), plan, run, max_side, memory_limit) for _ in range(number)]
     with torch.no_grad():
         metric = resolve(metric, run(collectors[0].model, batches[0]))
+        followed = absorbers(collectors[0].model, batches[0], plan, run)
 
     def depends() -> object:  # the sums of one batch stand for the code of the model, which cannot be seen
         own = model.state_dict(), plan, batches, metric, seed, max_side, memory_limit, cross_validate
         return own, collectors[0].partial(0, batches[0], metric, seed)
 
-    return pool.keep(
+    stats = pool.keep(
         "statistics", depends, lambda: _statistics(collectors, batches, plan, pool, metric, seed, cross_validate, progress)
     )
+    return replace(stats, absorbers=followed)
 
 
 def _statistics(

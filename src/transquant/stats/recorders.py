@@ -51,13 +51,14 @@ def _forward(
     kwargs: dict[str, Any],
     result: Any,
 ) -> None:
-    if not isinstance(result, Tensor) or not result.requires_grad or result.numel() == 0:
+    if not isinstance(result, Tensor) or result.numel() == 0 or (torch.is_grad_enabled() and not result.requires_grad):
         return
     x = _detached(args, kwargs, module)
     if x is None:
         return
     inputs(module, sink, x)
-    result.register_hook(lambda gradient: gradients(module, sink, x, gradient.detach()))  # type: ignore[no-untyped-call]
+    if result.requires_grad:
+        result.register_hook(lambda gradient: gradients(module, sink, x, gradient.detach()))  # type: ignore[no-untyped-call]
 
 
 def _detached(args: tuple[Any, ...], kwargs: dict[str, Any], module: nn.Module) -> Any:
