@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from transquant.records import FloatArray, Plan, WeightSpec
 from transquant.stats.copies import HALF, wide_copy
-from transquant.stats.moments import Moments, moment_shapes
+from transquant.stats.moments import TOKENS, Moments, moment_shapes
 from transquant.stats.recorders import Handle, attach
 from transquant.workers import Workers
 
 Run = Callable[[nn.Module, Any], Tensor]
 
+BY_ROW = ("conv1d_hf", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")  # kinds whose rows meet the inputs
 MAX_SIDE = 4608  # of the inputs of a layer that is refitted; above it systems of equations take minutes
 
 
@@ -93,7 +94,7 @@ class _Inputs(Moments):
         self._keep(group, y)
 
     def add_row_squares(self, squares: Tensor) -> None:
-        """Tokens: there is nothing to refit."""
+        """Tokens: only that they came."""
         self._keep(None, torch.zeros(0, 0, 0))
 
     def _keep(self, group: int | None, x: Tensor) -> None:
@@ -127,7 +128,7 @@ class PairedNetworks:
         decoded = {k: v.to(self._half[k]) if k in self._half else v for k, v in state.items()}
         for _, other in self._pairs:
             other.load_state_dict({**self._state, **decoded}, strict=False)
-        names = [n for n in names if self._calls.get(n) and max(self._sides(n)) <= MAX_SIDE]
+        names = [n for n in names if self._calls.get(n) and 0 < self._side(n) <= MAX_SIDE]
         sums: dict[str, Pairs] = {}
         if not names:
             return sums
@@ -141,9 +142,12 @@ class PairedNetworks:
                         sums[name] = pairs
         return sums
 
-    def _sides(self, name: str) -> tuple[int, ...]:
-        shape = self._shapes[name]
-        return (shape.columns,) if self._specs[name].kind not in ("conv1d_hf",) else (shape.rows,)
+    def _side(self, name: str) -> int:
+        """Inputs of a group of the weight; 0 for tokens, which nothing can make up for."""
+        shape, kind = self._shapes[name], self._specs[name].kind
+        if kind in TOKENS:
+            return 0
+        return shape.rows if kind in BY_ROW else shape.columns
 
     def _partial(self, index: int, names: Sequence[str]) -> dict[str, Pairs]:
         wanted, pair = sum(self._calls[n] for n in names), self._idle.get()
@@ -156,8 +160,7 @@ class PairedNetworks:
             a, b = one[name], two[name]
             if not a.calls or [(g, x.shape) for g, x in a.calls] != [(g, x.shape) for g, x in b.calls]:
                 continue
-            if all(x.numel() for _, x in a.calls):
-                parts[name] = _sums(self._shapes[name].groups, a, b)
+            parts[name] = _sums(self._shapes[name].groups, a, b)
         return parts
 
     def _inputs(self, model: nn.Module, index: int, batch: Any, names: Sequence[str], wanted: int) -> dict[str, _Inputs]:
