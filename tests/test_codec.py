@@ -39,6 +39,16 @@ def test_file_gives_back_what_compress_holds(compressed, small, tmp_path):
     twin.load_state_dict(again, strict=True)
 
 
+def test_tensors_that_were_given_are_the_callers_own(compressed, tmp_path):
+    """Loading decodes once for the first state dict; what is done to that one does not reach the next."""
+    loaded = tq.load(saved(compressed, tmp_path))
+    expected = compressed.state_dict()
+    for value in loaded.state_dict().values():
+        value.zero_()
+    for key, value in loaded.state_dict().items():
+        assert torch.equal(value, expected[key]), key
+
+
 def test_numpy_reader_gives_the_same_bits(compressed, tmp_path):
     path = saved(compressed, tmp_path)
     arrays = reader.load(path)

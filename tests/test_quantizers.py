@@ -230,6 +230,15 @@ def test_a_reader_rebuilds_what_the_trellis_meant(rng, state_bits):
     np.testing.assert_array_equal(read, rebuilt(symbols, state_bits, 0.5, (5, -6)).astype(np.float32))
 
 
+@pytest.mark.parametrize("state_bits", [2, 3, 6])
+def test_paths_without_feedback_are_those_of_identity_factors(rng, state_bits):
+    weight = rng.laplace(size=(150, 300))
+    free = trellis_pass(weight, state_bits, 0.5, bit=0.02, segment=100)
+    fed = trellis_pass(weight, state_bits, 0.5, np.eye(150), np.eye(300), bit=0.02, segment=100)
+    np.testing.assert_array_equal(free[0], fed[0])
+    np.testing.assert_array_equal(free[1], fed[1])
+
+
 def test_paths_begin_again_after_a_segment(rng):
     weight = rng.normal(size=(3, 300))
     symbols, error = trellis_pass(weight, 3, 0.7, segment=50, bit=0.01)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -60,6 +60,7 @@ class CompressedModel:
     data: bytes
     report: Report
     limits: Limits | None = None  # what `load` was given
+    decoded: list[Mapping[str, np.ndarray]] = field(default_factory=list, repr=False, compare=False)  # by `load`, until it is taken
 
     def __repr__(self) -> str:
         return f"CompressedModel({len(self.data):,} bytes, {self.report.bits_per_parameter:.3f} bits a parameter)"
@@ -73,7 +74,9 @@ class CompressedModel:
 
         Raises errors.FileError."""
         container = read_container(self.data, limits or self.limits)
-        return _tensors(bitstream.values(container, _decode(container)[0]), container)
+        # what loading has decoded goes to the first who asks: tensors are the caller's to change, so it is given once
+        arrays = self.decoded.pop() if self.decoded else bitstream.values(container, _decode(container)[0])
+        return _tensors(arrays, container)
 
     def install(self, model: M, mode: str = "float") -> M:
         """Load the decoded weights into a module, strictly, and return it. Raises InputError where they do not fit."""
@@ -189,9 +192,9 @@ def load(path: str | PathLike[str], limits: Limits | None = None) -> CompressedM
     data = read_file(path, limits)
     container = read_container(data, limits)
     coded, bits = _decode(container)
-    bitstream.values(container, coded)
+    arrays = bitstream.values(container, coded)
     packed = {n: packing.tensor_bits(t) for n, t in coded.items() if isinstance(t, CodedTensor) and t.codes is not None}
-    return CompressedModel(data, file_report(container, data, bits, packed), limits)
+    return CompressedModel(data, file_report(container, data, bits, packed), limits, [arrays])
 
 
 def _decode(container: Container) -> tuple[dict[str, Coded], list[float]]:

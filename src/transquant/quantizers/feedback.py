@@ -74,6 +74,9 @@ def quantize_feedback(
     if output_factor is None and input_factor is None and paths is None:
         _round(weight, step_size, np.ascontiguousarray(depths), rounding.dead_zone, *_shrink(rounding), symbols, error)
         return symbols, error
+    if output_factor is None and input_factor is None and paths is not None:
+        _follow_freely(weight, step_size, rounding, paths, symbols, error)
+        return symbols, error
     left = torch.eye(rows, dtype=torch.float64) if output_factor is None else torch.from_numpy(output_factor)
     right = torch.eye(columns, dtype=torch.float64) if input_factor is None else torch.from_numpy(input_factor)
     carried = torch.zeros(rows, columns, dtype=torch.float64)  # L_gᵀ E of the finished columns
@@ -106,6 +109,20 @@ def quantize_feedback(
         if stop < columns:
             carried[:, begin:stop] = left.T @ strip
     return symbols, error
+
+
+def _follow_freely(
+    weight: FloatArray, step_size: FloatArray, rounding: Rounding, paths: Paths, symbols: IntArray, error: FloatArray
+) -> None:
+    """The blocks of `quantize_feedback` where no entry depends on another's error, in the same order; fills both outputs."""
+    for begin, stop in _strips(weight.shape[1], paths):
+        for bottom in range(len(weight), 0, -BLOCK):
+            top = max(0, bottom - BLOCK)
+            block = slice(top, bottom), slice(begin, stop)
+            own, sizes = np.ascontiguousarray(weight[block]), np.ascontiguousarray(step_size[block])
+            worth, levels = np.ascontiguousarray(paths.worth[block]), np.ascontiguousarray(paths.levels[block])
+            rows = slice(paths.rows.start + top, paths.rows.start + bottom)
+            symbols[block], error[block] = paths.trellis.block(own, own, sizes, worth, levels, None, None, rows, _shrink(rounding))
 
 
 def _strips(columns: int, paths: Paths | None) -> Iterator[tuple[int, int]]:

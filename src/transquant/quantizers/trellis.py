@@ -43,9 +43,14 @@ class Trellis:
 
     def block(
         self, target: FloatArray, weight: FloatArray, step_size: FloatArray, worth: FloatArray, levels: NDArray[np.uint8],
-        left: FloatArray, right: FloatArray, rows: slice, offsets: tuple[float, float],
+        left: FloatArray | None, right: FloatArray | None, rows: slice, offsets: tuple[float, float],
     ) -> tuple[IntArray, FloatArray]:  # fmt: skip
-        """Symbols and errors of one block, of these `rows` of the tensor."""
+        """Symbols and errors of one block, of these `rows` of the tensor. `left` and `right` None: nothing is fed back."""
+        if left is None or right is None:
+            free: tuple[IntArray, FloatArray] = _free_block(
+                weight, step_size, worth, levels, self.states[rows], *self.codes, self.num_states, *offsets, self.counts, self.bits
+            )
+            return free
         done: tuple[IntArray, FloatArray] = _trellis_block(
             target, weight, step_size, worth, levels, left, right, self.states[rows], *self.codes, self.num_states, *offsets,
             self.counts, self.bits,
@@ -78,6 +83,71 @@ def _value(k, shrink_zero, shrink_more):  # type: ignore[no-untyped-def]
     if k == 0:
         return 0.25 - shrink_zero
     return k + 0.25 - shrink_more if k > 0 else k + 0.25 + shrink_more
+
+
+@nb.njit(cache=True, nogil=True, inline="always")
+def _cheapest(scaled, parity, price, lengths, shrink_zero, shrink_more):  # type: ignore[no-untyped-def]
+    """The symbol of this parity that costs least for an entry as its quantizer sees it, in steps, and its cost in bits."""
+    k = 2 * int(np.floor((scaled - 0.25 - parity) / 2 + 0.5)) + parity
+    gap = scaled - _value(k, shrink_zero, shrink_more)
+    value = price * gap * gap + _length(lengths, k)
+    if k > 0 or k < -1:  # or the next one nearer to zero
+        nearer = k - 2 if k > 0 else k + 2
+        gap = scaled - _value(nearer, shrink_zero, shrink_more)
+        other = price * gap * gap + _length(lengths, nearer)
+        if other < value:
+            value, k = other, nearer
+    return k, value
+
+
+@nb.njit(cache=True, nogil=True)
+def _free_block(  # type: ignore[no-untyped-def]
+    weight, step_size, worth, levels, states, feedback, forward, num_states, shrink_zero, shrink_more, counts, bits
+):
+    """`_trellis_block` where no entry depends on another's error: survivors have nothing of their own but their cost."""
+    rows, columns = weight.shape
+    symbols = np.zeros((rows, columns), np.int32)
+    error = np.zeros((rows, columns))
+    cost, new_cost = np.empty(num_states), np.empty(num_states)
+    parent = np.empty((columns, num_states), np.int64)
+    choices = np.empty((columns, 2, 2), np.int32)  # by state's and symbol's parity
+    price = np.empty((2, 2))
+    for i in range(rows - 1, -1, -1):
+        cost[:] = NEVER
+        cost[states[i]] = 0.0
+        for j in range(columns):
+            scaled = min(max(weight[i, j] / step_size[i, j], -1048000.0), 1048000.0)
+            for odd in range(2):
+                seen = -scaled if odd else scaled
+                for parity in range(2):
+                    choices[j, odd, parity], price[odd, parity] = _cheapest(
+                        seen, parity, worth[i, j], bits[levels[i, j]], shrink_zero, shrink_more
+                    )
+            new_cost[:] = NEVER
+            for s in range(num_states):
+                if cost[s] >= NEVER:
+                    continue
+                odd = s & 1
+                for parity in range(2):
+                    value = price[odd, parity] + cost[s]
+                    to = (s >> 1) ^ (odd * feedback) ^ (parity * forward)
+                    if value < new_cost[to]:
+                        new_cost[to] = value
+                        parent[j, to] = 2 * s + parity
+            cost, new_cost = new_cost, cost
+        s = int(np.argmin(cost))
+        states[i] = s
+        for j in range(columns - 1, -1, -1):
+            parity = parent[j, s] & 1
+            s = parent[j, s] >> 1
+            k = choices[j, s & 1, parity]
+            value = _value(k, shrink_zero, shrink_more) * step_size[i, j]
+            symbols[i, j] = k
+            error[i, j] = weight[i, j] - (-value if s & 1 else value)
+            counts[levels[i, j], _place(k)] += 1.0
+        if i % REFRESH == 0:
+            _code_lengths(counts, bits)
+    return symbols, error
 
 
 @nb.njit(cache=True, nogil=True)
@@ -115,15 +185,7 @@ def _trellis_block(  # type: ignore[no-untyped-def]
                 if odd:
                     scaled = -scaled
                 for parity in range(2):
-                    k = 2 * int(np.floor((scaled - 0.25 - parity) / 2 + 0.5)) + parity
-                    gap = scaled - _value(k, shrink_zero, shrink_more)
-                    value = price * gap * gap + _length(lengths, k)
-                    if k > 0 or k < -1:  # or the next one nearer to zero
-                        nearer = k - 2 if k > 0 else k + 2
-                        gap = scaled - _value(nearer, shrink_zero, shrink_more)
-                        other = price * gap * gap + _length(lengths, nearer)
-                        if other < value:
-                            value, k = other, nearer
+                    k, value = _cheapest(scaled, parity, price, lengths, shrink_zero, shrink_more)
                     value += cost[s]
                     to = (s >> 1) ^ (odd * feedback) ^ (parity * forward)
                     if value < new_cost[to]:
