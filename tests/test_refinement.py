@@ -174,3 +174,29 @@ def test_effort_says_who_goes_in_order(net, images):
     files = [tq.compress(net, [images], bits=asked, effort=effort) for effort in (4, 5)]
     assert all(abs(f.report.bits_per_parameter - asked) < 0.1 for f in files)
     assert files[1].report.measured_distortion <= files[0].report.measured_distortion
+
+
+class Shared(nn.Module):
+    """One weight in two layers, one with a weight norm, and one for itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.free = (nn.Linear(5, 5, bias=False) for _ in range(3))
+        self.two.weight = self.one.weight
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(5, 5))
+
+    def forward(self, x):
+        return self.free(torch.tanh(self.normed(torch.tanh(self.two(torch.tanh(self.one(x)))))))
+
+
+def test_weights_that_cannot_be_fitted_for_one_layer_are_left_alone():
+    torch.manual_seed(0)
+    model, x = Shared().eval(), torch.randn(64, 5)
+    state = {"one.weight": model.one.weight.detach() + 0.1, "two.weight": model.one.weight.detach() + 0.1}
+    with workers() as pool:
+        pairs = paired(model, x, pool)
+        names = [s.name for s in plan_model(model).specs]
+        assert set(pairs.measure(names, state)) == {"free.weight"}
+        state["normed.bias"] = torch.full((5,), float("inf"))
+        state["one.weight"] = state["two.weight"] = torch.full((5, 5), float("nan"))
+        assert pairs.measure(names, state) == {}

@@ -124,7 +124,8 @@ class PairedNetworks:
 
     def measure(self, names: Sequence[str], state: Mapping[str, Tensor]) -> dict[str, Pairs]:
         """Sums over all samples for some weights, in the float network and in one with `state` (keys that are left out stay
-        as they are). Layers that are never reached, or see not the same positions in both, are left out."""
+        as they are). Left out are layers that are never reached, or see not the same positions in both, or numbers that are not
+        finite, and weights of several layers or with a length of their own."""
         decoded = {k: v.to(self._half[k]) if k in self._half else v for k, v in state.items()}
         for _, other in self._pairs:
             other.load_state_dict({**self._state, **decoded}, strict=False)
@@ -140,14 +141,19 @@ class PairedNetworks:
                         sums[name].add(pairs)
                     else:
                         sums[name] = pairs
-        return sums
+        return {
+            name: pairs
+            for name, pairs in sums.items()
+            if bool(torch.isfinite(pairs.cross).all() & torch.isfinite(pairs.moment).all())
+        }
 
     def _side(self, name: str) -> int:
-        """Inputs of a group of the weight; 0 for tokens, which nothing can make up for."""
-        shape, kind = self._shapes[name], self._specs[name].kind
-        if kind in TOKENS:
+        """Inputs of a group of the weight; 0 where it is not to be refitted: tokens are what they are, what several layers share
+        cannot be fitted for one, and a norm would undo it."""
+        shape, spec = self._shapes[name], self._specs[name]
+        if spec.kind in TOKENS or spec.tied or spec.rescaled:
             return 0
-        return shape.rows if kind in BY_ROW else shape.columns
+        return shape.rows if spec.kind in BY_ROW else shape.columns
 
     def _partial(self, index: int, names: Sequence[str]) -> dict[str, Pairs]:
         wanted, pair = sum(self._calls[n] for n in names), self._idle.get()
