@@ -46,6 +46,10 @@ class Pairs:
         for part in ("cross", "moment", "total", "other", "count"):
             getattr(self, part).add_(getattr(later, part))
 
+    def finite(self) -> bool:
+        """Whether all inputs were."""
+        return bool(torch.isfinite(self.cross).all() and torch.isfinite(self.moment).all())
+
     def means(self) -> tuple[FloatArray, FloatArray]:
         """E[x] and E[x'], float64 (g, n)."""
         count = self.count.clamp(min=1)[:, None]
@@ -141,11 +145,7 @@ class PairedNetworks:
                         sums[name].add(pairs)
                     else:
                         sums[name] = pairs
-        return {
-            name: pairs
-            for name, pairs in sums.items()
-            if bool(torch.isfinite(pairs.cross).all() & torch.isfinite(pairs.moment).all())
-        }
+        return {name: pairs for name, pairs in sums.items() if pairs.finite()}
 
     def _side(self, name: str) -> int:
         """Inputs of a group of the weight; 0 where it is not to be refitted: tokens are what they are, what several layers share
