@@ -13,7 +13,7 @@ from transquant.entropy import lanes
 from transquant.entropy.tables import expected_levels, magnitude_laws
 from transquant.errors import CorruptFile
 from transquant.quantizers.feedback import Paths, Rounding, quantize_feedback
-from transquant.quantizers.metric import Damping, factor, noise_level, quadratic_form, regularise, wiener
+from transquant.quantizers.metric import Damping, factor, noise_level, quadratic_form, regularise
 from transquant.quantizers.trellis import SIZES, Trellis
 from transquant.records import Plane
 from transquant.trellis_code import TRELLIS_CODES, odd_states
@@ -98,12 +98,6 @@ def test_quadratic_form_of_the_three_kinds_of_moment(rng):
     assert quadratic_form(error, full, g) == pytest.approx(expected)
     d, e = rng.uniform(1, 2, 8), rng.uniform(1, 2, 5)
     assert quadratic_form(error, d, e) == pytest.approx(np.trace(np.diag(e) @ error @ np.diag(d) @ error.T))
-
-
-def test_wiener_filter_solves_its_equation(rng):
-    a, g, weight, tau = moment(rng, 9), moment(rng, 6), rng.normal(size=(6, 9)), 0.7
-    star = wiener(weight, a, g, tau)
-    np.testing.assert_allclose(g @ star @ a + tau * star, g @ weight @ a, atol=1e-9)
 
 
 def test_noise_level_matches_the_trace(rng):

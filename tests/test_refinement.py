@@ -61,6 +61,15 @@ def noisy(model, amount, seed=1):
     return {k: v + amount * v.std() * torch.randn(v.shape, generator=generator) for k, v in model.state_dict().items()}
 
 
+def networks(samples):
+    """A network, another with noisy weights, those weights, and samples."""
+    torch.manual_seed(0)
+    model, other = Backwards().eval(), Backwards().eval()
+    state = noisy(model, 0.3)
+    other.load_state_dict(state)
+    return model, other, state, torch.randn(samples, 4, 8)
+
+
 def test_order_is_that_of_execution():
     with workers() as pool:
         found = paired(Backwards().eval(), torch.randn(40, 4, 8), pool)
@@ -68,11 +77,7 @@ def test_order_is_that_of_execution():
 
 
 def test_sums_equal_brute_force():
-    torch.manual_seed(0)
-    model, x = Backwards().eval(), torch.randn(40, 4, 8)
-    state = noisy(model, 0.3)
-    other = Backwards().eval()
-    other.load_state_dict(state)
+    model, other, state, x = networks(40)
     with workers() as pool, torch.no_grad():
         found = paired(model, x, pool).measure(["first.weight", "last.weight", "twice.weight", "never.weight"], state)
         a, b = (torch.relu(m.first(x)).transpose(1, 2) for m in (model, other))
@@ -89,11 +94,7 @@ def test_sums_equal_brute_force():
 
 @pytest.mark.parametrize("centre", [False, True])
 def test_refit_is_the_least_squares_solution(centre):
-    torch.manual_seed(0)
-    model, x = Backwards().eval(), torch.randn(200, 4, 8)
-    state = noisy(model, 0.3)
-    other = Backwards().eval()
-    other.load_state_dict(state)
+    model, other, state, x = networks(200)
     with workers() as pool, torch.no_grad():
         pair = paired(model, x, pool).measure(["last.weight"], state)["last.weight"]
         one, two = (torch.tanh(m.twice(torch.tanh(m.twice(torch.relu(m.first(x)).transpose(1, 2))))) for m in (model, other))
@@ -136,6 +137,28 @@ def test_batchnorms_absorb_only_what_goes_to_them_alone():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+class Astray(nn.Module):
+    """A linear layer over time before a BatchNorm over steps; an output that goes to a BatchNorm and to a logarithm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps, self.norm = nn.Linear(4, 4, bias=False), nn.BatchNorm1d(4)
+        self.both, self.other = nn.Conv1d(4, 4, 1, bias=False), nn.BatchNorm1d(4)
+        nn.init.constant_(self.both.weight, 1.0)
+
+    def forward(self, x):
+        y = self.both(torch.sigmoid(self.norm(self.steps(x))))
+        return (self.other(y) + torch.log(y)).mean(2)
+
+
+def test_batchnorms_over_another_dimension_and_constants_that_end_in_nan():
+    torch.manual_seed(0)
+    model = Astray().eval()
+    nn.init.constant_(model.other.running_var, 1e6)  # constants far below zero
+    assert absorbers(model, torch.randn(8, 4, 4), plan_model(model), run) == {}
+    assert tq.compress(model, [torch.randn(64, 4, 4)], ratio=1.2).report.measured_distortion >= 0
+
+
 def setting(model, samples, pool):
     plan = plan_model(model)
     source = Source(*gather(plan, model.state_dict()))
@@ -166,9 +189,10 @@ def test_less_distortion_on_other_samples(net, images):
 def test_effort_says_who_goes_in_order(net, images):
     with workers() as pool:
         encoder, _, _ = setting(net, images[:16], pool)
-    assert samples_in_order(encoder.source, 4) == 0
-    assert 0 < samples_in_order(encoder.source, 5) < samples_in_order(encoder.source, 7)
-    wide = Source({"w": np.zeros((4096, 4096))}, {})
+    assert samples_in_order(encoder.plan, 4) == 0
+    assert 0 < samples_in_order(encoder.plan, 5) < samples_in_order(encoder.plan, 7)
+    assert encoder.plan.work == sum(w.size * sum(w.shape) for w in encoder.source.values.values() if w.ndim == 2)
+    wide = plan_model(nn.Linear(4096, 4096))
     assert samples_in_order(wide, 5) == 0 < samples_in_order(wide, 9)
     asked = 3.0
     files = [tq.compress(net, [images], bits=asked, effort=effort) for effort in (4, 5)]

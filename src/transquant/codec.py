@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from os import PathLike
 from typing import Any, TypeVar
 
@@ -156,7 +157,7 @@ def compress(
         options = given if max_drop is None else "max_drop", method, metric, effort, seed, verify, work is None
         pool.processes.agree("models or options", options, plan, state)
         source = Source(*modules.gather(plan, state))
-        most = samples_in_order(source, effort) if method.feedback else 0
+        most = samples_in_order(plan, effort) if method.feedback else 0
         stats, reference, paired = _calibrate(module, calibration, plan, source, metric, forward, output, seed, pool, say, most)
         search = TargetSearch(Encoder(plan, source, stats, pool, method), reference, module, target, effort, say, paired)
         draft, choice = search.run()
@@ -292,5 +293,6 @@ def _calibrate(
 
     stats = collect(module, used, plan, run, pool, metric, seed, progress=lambda done, total: say("statistics", done, total))
     reference = Reference(module, held, run_any, pool, stats.metric)
-    few = [b for k, b in enumerate(used) if sum(map(modules.num_samples, used[:k])) < in_order]
+    seen = accumulate(map(modules.num_samples, used), initial=0)
+    few = [b for b, before in zip(used, seen, strict=False) if before < in_order]
     return stats, reference, PairedNetworks(module, few, plan, run_any, pool) if few else None

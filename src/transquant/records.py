@@ -311,6 +311,12 @@ class Plan:
     num_parameters: int
     original_bytes: int
 
+    @property
+    def work(self) -> float:
+        """Multiply–adds of one quantization pass with feedback: rows · columns · (rows + columns) of each weight."""
+        sides = [(s.shape[0], prod(s.shape[1:])) for s in self.specs if isinstance(s, WeightSpec)]
+        return float(sum(rows * columns * (rows + columns) for rows, columns in sides))
+
 
 @dataclass(frozen=True, slots=True)
 class LayerStats:

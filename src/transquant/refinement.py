@@ -14,24 +14,23 @@ from collections.abc import Callable
 import numpy as np
 
 from transquant.choices import Choice
-from transquant.encoder import FINEST, Draft, Encoder, Source
+from transquant.encoder import FINEST, Draft, Encoder
 from transquant.grid import on_grid
-from transquant.records import FloatArray
+from transquant.records import FloatArray, Plan
 from transquant.stats.paired import PairedNetworks, Pairs
+from transquant.tuning import LARGE
 
 FROM, ALL_FROM = 5, 7  # effort from which on layers go in order, and from which on with all samples
 FEW = 512  # samples below that
-LARGE = 3e10  # multiply–adds of a quantization pass up to which that is done with few samples
 DAMPING = 0.05  # towards the float weights
 
 
-def samples_in_order(source: Source, effort: int) -> int:
+def samples_in_order(plan: Plan, effort: int) -> int:
     """On how many samples layers are quantized in execution order; 0: they are not. A rule on the work, not on time, so that files
     are the same on fast and slow machines."""
     if effort >= ALL_FROM:
         return 1 << 62
-    work = sum(w.size * sum(w.shape) for w in source.values.values())
-    return FEW if effort >= FROM and work <= LARGE else 0
+    return FEW if effort >= FROM and plan.work <= LARGE else 0
 
 
 def refine(

@@ -51,7 +51,6 @@ class TargetSearch:
         self.scores: tuple[float, float] | None = None  # of the float model and of the final draft, for a target of that kind
         weights = [encoder.source.values[s.name] for s in encoder.plan.specs if isinstance(s, WeightSpec)]
         self.num_values = sum(w.size for w in weights)
-        self.work = float(sum(w.size * sum(w.shape) for w in weights))
 
     def run(self) -> tuple[Draft, Choice]:
         """The final draft and what was chosen for it."""
@@ -101,7 +100,7 @@ class TargetSearch:
             return choice, start
         tuner = Tuner(self.encoder.draft, self.size, self._distortion, target_bytes, self.num_values)
         trellis = self.encoder.method.state_bits > 0
-        return choose(tuner, start, self.work, trellis, lambda done, total: self.say("tuning", done, total))
+        return choose(tuner, start, self.encoder.plan.work, trellis, lambda done, total: self.say("tuning", done, total))
 
     def _distortion(self, draft: Draft) -> float:
         return self.reference.distortion(draft.state()) if self.reference else draft.predicted
@@ -162,21 +161,24 @@ class TargetSearch:
     def _meet_quality(self, choice: Choice, start: float, make: Callable[[float, Choice], Draft] | None = None) -> Draft:
         """The coarsest draft within the allowed distortion or drop; `make(c, choice)` makes drafts."""
         make = make or self.encoder.draft
-        drafts: dict[float, Draft] = {}
+        kept: list[Draft] = []  # the coarsest that is good enough: the search only goes on from there
         tries = 0
 
         def good_enough(c: float) -> bool:
             nonlocal tries
             tries += 1
             self.say("search", tries, 0)
-            drafts[c] = make(c, choice)
-            return self._worse_by(drafts[c]) <= self.target.value
+            draft = make(c, choice)
+            good = self._worse_by(draft) <= self.target.value
+            if good:
+                kept[:] = [draft]
+            return good
 
         found = largest_feasible(good_enough, start, 0.02)
         if not found.feasible:
-            least = self._worse_by(drafts[found.c] if found.c in drafts else make(found.c, choice))
+            least = self._worse_by(make(found.c, choice))
             raise TargetError(f"a {self.target.kind} of {self.target.value} cannot be reached: the smallest found is {least:.3g}")
-        draft = drafts[found.c]
+        (draft,) = kept
         if self._float_score is not None:
             self.scores = self._float_score, self._float_score - self._worse_by(draft)
         return draft

@@ -104,7 +104,7 @@ def _leanings(choice: Choice, trellis: bool) -> Iterator[Choice]:
 
 def _neighbours(choice: Choice) -> Iterator[Choice]:
     """The next weaker and the next stronger regularisation."""
-    levels = [replace(d, noise=choice.damping.noise, wiener=choice.damping.wiener) for d in DAMPINGS]
+    levels = [replace(d, noise=choice.damping.noise) for d in DAMPINGS]
     place = min(range(len(levels)), key=lambda k: abs(log2(levels[k].alpha / choice.damping.alpha)))
     for k in (place - 1, place + 1):
         if 0 <= k < len(levels):

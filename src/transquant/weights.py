@@ -29,7 +29,6 @@ from transquant.quantizers.metric import (
     noise_level,
     quadratic_form,
     regularise,
-    wiener,
 )
 from transquant.quantizers.saturating import MOST_DEPTH, best_steps
 from transquant.quantizers.trellis import SIZES, Trellis
@@ -50,7 +49,6 @@ from transquant.transforms.frame import WORST_CONDITION, Frame, band_cost, close
 from transquant.transforms.layout import Layout
 
 LARGEST_SYMBOL = MAX_SYMBOL / 8
-WIENER_SIDE = 2048  # no eigenbases above this side length
 PATH_QUARTERS = 2  # by how much a trellis' steps are larger at the same distortion, quarter octaves: between 1.16 and 1.4
 LEAST_BASIS_DEPTH = 3  # fixed-length, closed loop: fewer bits leave a basis that cannot be inverted
 
@@ -112,9 +110,6 @@ def _entropy_coded(
     if coarser := quarter_octaves(np.abs(coeffs) / sizes):
         plan = replace(plan, qp=plan.qp + coarser)
         sizes = _step_sizes(entry, plan, step, frame)
-    if frame is None and choice.damping.wiener:
-        blocks = weight.reshape(len(moments), -1, weight.shape[1])
-        coeffs = np.concatenate([_wiener(b, a, g, variance, c, choice.damping) for b, (a, g) in zip(blocks, moments, strict=True)])
     fold = fold_for(entry.rows, entry.columns // max(entry.group_columns, 1), entry.group_columns)
     rounding, trellis = choice.rounding(), None
     if method.state_bits:
@@ -290,13 +285,6 @@ def _split(bands: FloatArray, sizes: Sequence[int]) -> list[FloatArray]:
 
 def _by_group(values: FloatArray, sizes: Sequence[int]) -> FloatArray:
     return np.array([part.sum() for part in _split(values, sizes)])
-
-
-def _wiener(weight: FloatArray, a: FloatArray, g: FloatArray, variance: float, c: float, damping: Damping) -> FloatArray:
-    """The Wiener filtered weights, where they fit in memory."""
-    if variance == 0 or not a.ndim == g.ndim == 2 or max(len(a), len(g)) > WIENER_SIDE:
-        return weight
-    return wiener(weight, regularise(a, damping.alpha), regularise(g, damping.gamma), c * c / 12 / variance)
 
 
 def _quantize_groups(

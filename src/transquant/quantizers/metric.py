@@ -7,7 +7,6 @@ take (G + r·ḡ I) ⊗ (A + r·ā I) with the same trace, where ā, ḡ are the
     2r + r² = τ / (ā ḡ)
 
 and add fixed dampings α, γ (relative to ā, ḡ) for the sampling error, chosen on held-back calibration samples.
-The exact Wiener filter that belongs to this form, W* with G W* A + τ W* = G W A, can be applied before the quantizer.
 """
 
 from __future__ import annotations
@@ -25,12 +24,11 @@ LEAST_SPREAD = 1e-6  # of the inputs around their mean, relative to their energy
 
 @dataclass(frozen=True, slots=True)
 class Damping:
-    """Relative dampings: A + α ā I, G + γ ḡ I; `noise` scales τ, `wiener` says whether weights are filtered too."""
+    """Relative dampings: A + α ā I, G + γ ḡ I; `noise` scales τ."""
 
     alpha: float = 0.02
     gamma: float = 0.05
     noise: float = 1.0
-    wiener: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +118,3 @@ def quadratic_form(error: FloatArray, input_moment: FloatArray, output_moment: F
         right = e * a if a.ndim == 1 else e @ a
     left = e * g[:, None] if g.ndim == 1 else g @ e
     return float((left * right).sum())
-
-
-def wiener(weight: FloatArray, input_moment: FloatArray, output_moment: FloatArray, tau: float) -> FloatArray:
-    """W* with G W* A + τ W* = G W A, through both eigenbases; weight (o, n), full moments."""
-    a, basis_in = torch.linalg.eigh(torch.from_numpy(input_moment))
-    g, basis_out = torch.linalg.eigh(torch.from_numpy(output_moment))
-    product = g.clamp(min=0)[:, None] * a.clamp(min=0)[None, :]
-    coeffs = basis_out.T @ torch.from_numpy(weight) @ basis_in
-    filtered: FloatArray = (basis_out @ (coeffs * product / (product + tau)) @ basis_in.T).numpy()
-    return filtered

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from transquant.errors import InputError
 from transquant.records import BatchNormSpec, Plan, WeightSpec
 
 KINDS = ("linear", "conv1d", "conv2d", "conv3d")
@@ -55,7 +56,8 @@ def _adjacent(
     def made_by(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, result: Any) -> None:
             called.append(name)
-            if isinstance(result, Tensor):
+            # channels in the second dimension, as a BatchNorm has them: no linear layer over time, no lone sample
+            if isinstance(result, Tensor) and result.ndim == module.weight.ndim:
                 made[id(result)] = name, result
 
         return hook
@@ -96,6 +98,8 @@ def _unchanged(model: nn.Module, batch: Any, output: Tensor, pairs: Sequence[tup
         handles += [layer.register_forward_hook(add), norm.register_forward_pre_hook(take)]
     try:
         other = run(model, batch)
+    except InputError:  # of a constant that went astray: a logarithm, say
+        return False
     finally:
         for handle in handles:
             handle.remove()
@@ -104,4 +108,4 @@ def _unchanged(model: nn.Module, batch: Any, output: Tensor, pairs: Sequence[tup
 
 
 def _by_channel(constant: Tensor, x: Tensor) -> Tensor:
-    return constant.reshape(-1, *(1,) * (x.ndim - 2)) if x.ndim > 2 else constant
+    return constant.reshape(-1, *(1,) * (x.ndim - 2))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from queue import SimpleQueue
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +13,35 @@ from torch import Tensor, nn
 from transquant.errors import InputError
 
 HALF = (torch.float16, torch.bfloat16)
+
+
+class Copies:
+    """Copies of a model for as many threads, each used by one at a time, whose weights can be changed and changed back."""
+
+    def __init__(self, model: nn.Module, count: int) -> None:
+        self._models = [wide_copy(model) for _ in range(count)]
+        self._idle: SimpleQueue[nn.Module] = SimpleQueue()
+        for twin in self._models:
+            self._idle.put(twin)
+        self.state = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        self._half = {k: v.dtype for k, v in self.state.items() if v.dtype in HALF}
+
+    def load(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Take other weights, rounded to the model's dtypes as they will be used; keys that are left out are the model's. Returns
+        what was taken."""
+        decoded = {k: v.to(self._half[k]) if k in self._half else v for k, v in state.items()}
+        for twin in self._models:
+            twin.load_state_dict({**self.state, **decoded}, strict=False)
+        return decoded
+
+    @contextmanager
+    def one(self) -> Iterator[nn.Module]:
+        """A copy that no other thread uses now."""
+        twin = self._idle.get()
+        try:
+            yield twin
+        finally:
+            self._idle.put(twin)
 
 
 def copy_model(model: nn.Module) -> nn.Module:

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from queue import SimpleQueue
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from transquant.records import FloatArray, Plan, WeightSpec
-from transquant.stats.copies import HALF, wide_copy
+from transquant.stats.copies import Copies
 from transquant.stats.moments import TOKENS, Moments, moment_shapes
 from transquant.stats.recorders import Handle, attach
 from transquant.workers import Workers
@@ -114,13 +113,8 @@ class PairedNetworks:
 
     def __init__(self, model: nn.Module, batches: Sequence[Any], plan: Plan, run: Run, pool: Workers) -> None:
         self.batches, self.run, self.pool = list(batches), run, pool
-        count = min(pool.count, len(self.batches))
-        self._pairs = [(wide_copy(model), wide_copy(model)) for _ in range(count)]
-        self._idle: SimpleQueue[tuple[nn.Module, nn.Module]] = SimpleQueue()  # each is used by one thread at a time
-        for pair in self._pairs:
-            self._idle.put(pair)
-        self._state = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        self._half = {k: v.dtype for k, v in self._state.items() if v.dtype in HALF}
+        self._count = min(pool.count, len(self.batches))
+        self._float, self._other = Copies(model, self._count), Copies(model, self._count)
         specs = [s for s in plan.specs if isinstance(s, WeightSpec) and s.module is not None]
         self._specs = {s.name: s for s in specs}
         self._shapes = moment_shapes(specs, 1 << 30, 1 << 62)
@@ -130,14 +124,12 @@ class PairedNetworks:
         """Sums over all samples for some weights, in the float network and in one with `state` (keys that are left out stay
         as they are). Left out are layers that are never reached, or see not the same positions in both, or numbers that are not
         finite, and weights of several layers or with a length of their own."""
-        decoded = {k: v.to(self._half[k]) if k in self._half else v for k, v in state.items()}
-        for _, other in self._pairs:
-            other.load_state_dict({**self._state, **decoded}, strict=False)
+        self._other.load(state)
         names = [n for n in names if self._calls.get(n) and 0 < self._side(n) <= MAX_SIDE]
         sums: dict[str, Pairs] = {}
         if not names:
             return sums
-        some = len(self._pairs) * self.pool.processes.size
+        some = self._count * self.pool.processes.size
         for first in range(0, len(self.batches), some):  # not all at once: partial sums are large
             for part in self.pool.map(lambda k: self._partial(k, names), range(first, min(first + some, len(self.batches)))):
                 for name, pairs in part.items():
@@ -156,14 +148,12 @@ class PairedNetworks:
         return shape.rows if spec.kind in BY_ROW else shape.columns
 
     def _partial(self, index: int, names: Sequence[str]) -> dict[str, Pairs]:
-        wanted, pair = sum(self._calls[n] for n in names), self._idle.get()
-        try:
-            one, two = (self._inputs(model, index, self.batches[index], names, wanted) for model in pair)
-        finally:
-            self._idle.put(pair)
+        wanted = sum(self._calls[n] for n in names)
+        with self._float.one() as one, self._other.one() as other:
+            seen, changed = (self._inputs(model, index, self.batches[index], names, wanted) for model in (one, other))
         parts = {}
         for name in names:
-            a, b = one[name], two[name]
+            a, b = seen[name], changed[name]
             if not a.calls or [(g, x.shape) for g, x in a.calls] != [(g, x.shape) for g, x in b.calls]:
                 continue
             parts[name] = _sums(self._shapes[name].groups, a, b)
@@ -195,7 +185,8 @@ class PairedNetworks:
     def _execution_order(self) -> tuple[tuple[str, ...], dict[str, int]]:
         """Weights in the order of their first use, and how often each is used; those that are seen by no recorder are left out."""
         names = list(self._specs)
-        sinks = self._inputs(self._pairs[0][0], 0, self.batches[0], names, 1 << 62)
+        with self._float.one() as model:
+            sinks = self._inputs(model, 0, self.batches[0], names, 1 << 62)
         stamps = {n: s.stamp for n, s in sinks.items() if s.calls}
         order = sorted(stamps, key=lambda n: -stamps[n])
         return tuple(order), {n: len(sinks[n].calls) for n in order}
