@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import threading
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,7 @@ from torch import nn
 import transquant as tq
 from transquant.choices import Choice, Method
 from transquant.encoder import Encoder, Source
+from transquant.errors import InputError
 from transquant.modules import gather, micro_batches, plan_model, run_batch
 from transquant.refinement import refine, samples_in_order
 from transquant.stats import PairedNetworks, Reference, collect
@@ -56,6 +60,19 @@ def paired(model, samples, pool):
     return PairedNetworks(model, list(micro_batches([samples])), plan_model(model), run, pool)
 
 
+def walked(networks, state):
+    """Pairs by weight, in a walk where each weight, and what else its module has, becomes that of `state`."""
+    found = {}
+
+    def visit(name, pairs):
+        assert name not in found
+        found[name] = pairs
+        return {k: v for k, v in state.items() if k.partition(".")[0] == name.partition(".")[0]}
+
+    networks.walk(visit)
+    return found
+
+
 def noisy(model, amount, seed=1):
     generator = torch.Generator().manual_seed(seed)
     return {k: v + amount * v.std() * torch.randn(v.shape, generator=generator) for k, v in model.state_dict().items()}
@@ -79,24 +96,95 @@ def test_order_is_that_of_execution():
 def test_sums_equal_brute_force():
     model, other, state, x = networks(40)
     with workers() as pool, torch.no_grad():
-        found = paired(model, x, pool).measure(["first.weight", "last.weight", "twice.weight", "never.weight"], state)
+        found = walked(paired(model, x, pool), state)
         a, b = (torch.relu(m.first(x)).transpose(1, 2) for m in (model, other))
         inner = [torch.tanh(m.twice(y)) for m, y in ((model, a), (other, b))]
         final = [torch.tanh(m.twice(y)).double().flatten(0, 1) for m, y in zip((model, other), inner, strict=True)]
-    assert set(found) == {"first.weight", "last.weight", "twice.weight"}
-    assert found["twice.weight"].count.tolist() == [2 * 40 * 8]
+    assert list(found) == ["first.weight", "twice.weight", "last.weight"]
+    assert found["first.weight"] is None  # the same inputs in both
+    assert found["twice.weight"] is None  # what it sees in its second call depends on itself
     torch.testing.assert_close(found["last.weight"].cross[0], final[0].T @ final[1], rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(found["last.weight"].moment[0], final[1].T @ final[1], rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(found["last.weight"].other[0], final[1].sum(0), rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(found["first.weight"].cross, found["first.weight"].moment)  # the same inputs in both
-    assert found["first.weight"].cross.shape == (2, 6, 6)
+    assert found["last.weight"].count.tolist() == [40 * 8]
+
+
+class Sequence(nn.Module):
+    """Modules with several weights, and with weights in a module inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.mix = nn.Embedding(9, 6), nn.Conv1d(6, 6, 3, groups=2, padding=1)
+        self.memory, self.attention = nn.LSTM(6, 4, batch_first=True), nn.MultiheadAttention(4, 2, batch_first=True)
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.mix(self.tokens(x).transpose(1, 2))).transpose(1, 2)
+        x, _ = self.memory(x)
+        return self.last(x + self.attention(x, x, x)[0]).mean(1)
+
+
+def straightforward(model, x):
+    """What meets each weight of a `Sequence`, (groups, inputs, positions), and the network's output; PyTorch's own arithmetic."""
+    tokens = model.tokens(x).transpose(1, 2)
+    patches = nn.functional.unfold(tokens[:, :, None], (1, 3), padding=(0, 1))  # (N, 6 * 3, T)
+    mixed = torch.relu(model.mix(tokens)).transpose(1, 2)
+    states, _ = model.memory(mixed)
+    before = torch.cat([torch.zeros_like(states[:, :1]), states[:, :-1]], 1)
+    a = model.attention
+    turned = states.transpose(0, 1)
+    heads = nn.functional.multi_head_attention_forward(
+        turned, turned, turned, 4, 2, a.in_proj_weight, a.in_proj_bias, None, None, False, 0.0, torch.eye(4), None
+    )[0]
+    added = states + a(states, states, states)[0]
+    rows = {"memory.weight_ih_l0": mixed, "memory.weight_hh_l0": before, "attention.in_proj_weight": states}
+    rows |= {"attention.out_proj.weight": heads, "last.weight": added}
+    found = {name: value.flatten(0, 1).T[None] for name, value in rows.items()}
+    found["attention.in_proj_weight"] = found["attention.in_proj_weight"].expand(3, -1, -1)
+    return found | {"mix.weight": patches.reshape(len(x), 2, 9, -1).permute(1, 2, 0, 3).flatten(2)}, model.last(added).mean(1)
+
+
+def test_pairs_of_a_walk_are_those_of_forwards_from_the_start():
+    torch.manual_seed(0)
+    model, so_far = Sequence().eval(), Sequence().eval()
+    so_far.load_state_dict(model.state_dict())
+    state, x = noisy(model, 0.5), torch.randint(0, 9, (70, 8))
+    found = []
+
+    @torch.no_grad()
+    def visit(name, pairs):
+        found.append(name)
+        if name != "tokens.weight":
+            (one, wanted), (two, output) = straightforward(model, x), straightforward(so_far, x)
+            torch.testing.assert_close((model(x), so_far(x)), (wanted, output))
+            a, b = one[name].double(), two[name].double()
+            same = {"rtol": 1e-5, "atol": 1e-4}
+            torch.testing.assert_close(pairs.cross, a @ b.transpose(1, 2), **same)
+            torch.testing.assert_close(pairs.moment, b @ b.transpose(1, 2), **same)
+            torch.testing.assert_close(pairs.total, a.sum(2), **same)
+            torch.testing.assert_close(pairs.other, b.sum(2), **same)
+            assert float((pairs.cross - pairs.moment).abs().max()) > 0.01
+            assert pairs.count.tolist() == [a.shape[2]] * len(a)
+        else:
+            assert pairs is None
+        so_far.load_state_dict({name: state[name]}, strict=False)
+        return {name: state[name]}
+
+    with workers() as pool:
+        networks = paired(model, x, pool)
+        networks.walk(visit)
+        assert tuple(found) == networks.order
+        assert set(found) == {s.name for s in plan_model(model).specs if s.name in state and state[s.name].ndim > 1}
+        so_far.load_state_dict(model.state_dict())
+        found.clear()
+        networks.walk(visit)  # again, from the float weights
 
 
 @pytest.mark.parametrize("centre", [False, True])
 def test_refit_is_the_least_squares_solution(centre):
     model, other, state, x = networks(200)
     with workers() as pool, torch.no_grad():
-        pair = paired(model, x, pool).measure(["last.weight"], state)["last.weight"]
+        pair = walked(paired(model, x, pool), state)["last.weight"]
         one, two = (torch.tanh(m.twice(torch.tanh(m.twice(torch.relu(m.first(x)).transpose(1, 2))))) for m in (model, other))
     weight = model.last.weight.detach().double()
     one, two = one.double().flatten(0, 1), two.double().flatten(0, 1)
@@ -120,7 +208,7 @@ def test_refit_of_weights_whose_rows_meet_the_inputs():
     other = nn.Sequential(nn.Conv1d(3, 5, 1), nn.Tanh(), nn.ConvTranspose1d(5, 4, 1, bias=False)).eval()
     other.load_state_dict(state)
     with workers() as pool, torch.no_grad():
-        pair = paired(model, x, pool).measure(["2.weight"], state)["2.weight"]
+        pair = walked(paired(model, x, pool), state)["2.weight"]
         weight = model[2].weight.detach().double().reshape(5, 4)
         other[2].weight.copy_(torch.from_numpy(pair.refit(weight.numpy(), 0.0, False)).reshape(5, 4, 1))
         wanted, refitted = model(x), other(x)
@@ -219,8 +307,118 @@ def test_weights_that_cannot_be_fitted_for_one_layer_are_left_alone():
     state = {"one.weight": model.one.weight.detach() + 0.1, "two.weight": model.one.weight.detach() + 0.1}
     with workers() as pool:
         pairs = paired(model, x, pool)
-        names = [s.name for s in plan_model(model).specs]
-        assert set(pairs.measure(names, state)) == {"free.weight"}
-        state["normed.bias"] = torch.full((5,), float("inf"))
-        state["one.weight"] = state["two.weight"] = torch.full((5, 5), float("nan"))
-        assert pairs.measure(names, state) == {}
+        assert [name for name, pair in walked(pairs, state).items() if pair is not None] == ["free.weight"]
+        state["normed.bias"] = torch.full((5,), float("nan"))
+        assert walked(pairs, state)["free.weight"] is None
+        assert "free.weight" in walked(pairs, {})
+
+
+class Wayward(nn.Module):
+    """What is called, and in which order, depends on the samples; `log` is every copy's."""
+
+    log: ClassVar[list[str]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start, self.a, self.b, self.c, self.end = (nn.Linear(4, 4) for _ in range(5))
+        self.kept = None
+
+    def forward(self, x):
+        Wayward.log.append("in")
+        self.kept = self.start(x)  # a copy for all micro-batches would mix them up
+        first, second = (self.a, self.b) if float(x[0, 0]) > 0 else (self.b, self.a)
+        y = second(torch.tanh(first(x)))
+        if float(x[0, 0]) < -1:
+            y = self.c(y)
+        if float(x[0, 0]) > 9:
+            raise ValueError("too large")
+        Wayward.log.append("out")
+        return self.end(torch.tanh(y + self.kept))
+
+
+def wayward_batches(*firsts):
+    generator = torch.Generator().manual_seed(3)
+    batches = [torch.randn(8, 4, generator=generator) for _ in firsts]
+    for batch, first in zip(batches, firsts, strict=True):
+        batch[0, 0] = first
+    return batches
+
+
+def walkers(model, batches, pool):
+    return PairedNetworks(model, batches, plan_model(model), run, pool)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_forwards_that_take_other_ways_are_not_waited_for(threads):
+    torch.manual_seed(0)
+    model, other = Wayward().eval(), Wayward().eval()
+    state, batches = noisy(model, 0.3), wayward_batches(2, -0.5, -2, 1, -3)
+    other.load_state_dict({**state, **{k: v for k, v in model.state_dict().items() if k.startswith(("end", "c"))}})
+    before, count = threading.active_count(), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with workers() as pool:
+            networks = walkers(model, batches, pool)
+            Wayward.log.clear()
+            found = walked(networks, state)
+            assert Wayward.log.count("in") == Wayward.log.count("out") == 2 * len(batches)  # one forward of each network
+    finally:
+        torch.set_num_threads(count)
+    assert threading.active_count() == before
+    assert list(found) == [f"{n}.weight" for n in ("start", "a", "b", "end")]  # c is not called by the first micro-batch
+    assert found["a.weight"].count.tolist() == [2 * 8]  # the others go to b first
+    assert found["b.weight"].count.tolist() == [5 * 8]
+    seen = []
+    for network in (model, other):
+        network.end.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().double()))
+        run(network, torch.cat(batches[:1]))
+    last = torch.zeros(4, 4, dtype=torch.float64)
+    for k, batch in enumerate(batches):
+        seen.clear()
+        for network in (model, other):
+            network.c.load_state_dict(model.c.state_dict())
+            run(network, batch)
+        last += seen[0].T @ seen[1]
+        assert k or not torch.equal(*seen)
+    torch.testing.assert_close(found["end.weight"].cross[0], last, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("where", ["forward", "visit", "keyboard", "at once"])
+def test_an_error_ends_all_forwards(where):
+    torch.manual_seed(0)
+    model = Wayward().eval()
+    state, before = noisy(model, 0.3), threading.active_count()
+    batches = wayward_batches(2, 1, 10 if where == "forward" else 1, 1)
+
+    def visit(name, pairs):
+        if name == "b.weight" and where == "visit":
+            raise KeyError("mine")
+        if name == "b.weight" and where == "keyboard":
+            raise KeyboardInterrupt
+        return {k: v for k, v in state.items() if k.startswith(name)}
+
+    expected = {"forward": InputError, "visit": KeyError, "keyboard": KeyboardInterrupt, "at once": RuntimeError}[where]
+    with workers() as pool:
+        networks = walkers(model, batches, pool)
+        if where == "at once":
+            networks.run = lambda model, batch: torch.ones(2) @ torch.ones(3)
+        with pytest.raises(expected, match="too large" if where == "forward" else None):
+            networks.walk(visit)
+        assert threading.active_count() == before + 1  # the pool's own
+        networks.run = run
+        networks.batches = batches[:2]
+        assert len(walked(networks, state)) == 4
+    assert threading.active_count() == before
+
+
+def test_forwards_wait_with_no_more_activations_than_allowed(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 600), nn.AvgPool1d(100), nn.Linear(6, 2)).eval()
+    x = torch.randn(320, 4)
+    with workers() as pool:
+        assert len(paired(model, x, pool).batches) == 10
+        held = 2 * 4 * 32 * (4 + 6)  # bytes: a micro-batch and the inputs of the last layers, in two networks
+        monkeypatch.setattr("transquant.stats.paired.MOST_LIVE", 3 * held)
+        assert len(paired(model, x, pool).batches) == 3
+        monkeypatch.setattr("transquant.stats.paired.MOST_LIVE", 10)
+        assert len(paired(model, x, pool).batches) == 1

@@ -164,10 +164,10 @@ class Encoder:
         todo = [s.name for s in self.plan.specs if isinstance(s, WeightSpec) and s.name not in self.done]
         return self._assembled(self.plan.specs, self.done | self.weights(todo, c, choice), c)
 
-    def so_far(self, c: float) -> Draft:
-        """A draft of the weights that are quantized already, and of what makes up for their errors; nothing else."""
-        taken = {vector for vector in map(self.absorber, self.done) if vector is not None}
-        taken |= {vector.removesuffix(".shift") for vector in taken} | set(self.done)
+    def part(self, name: str, c: float) -> Draft:
+        """A draft of one weight that is quantized already, and of the vector that makes up for its error; nothing else."""
+        vector = self.absorber(name) or name
+        taken = {name, vector, vector.removesuffix(".shift")}
         specs = [s for s in self.plan.specs if (s.of if isinstance(s, AliasSpec) else s.name) in taken]
         return self._assembled(specs, self.done, c)
 

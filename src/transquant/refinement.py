@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from torch import Tensor
 
 from transquant.choices import Choice
 from transquant.encoder import FINEST, Draft, Encoder
@@ -38,31 +39,33 @@ def refine(
 ) -> Draft:
     """A draft at scalar c whose layers were quantized one after the other; those that are never reached come last."""
     c = on_grid(max(c, FINEST))
-    for done, name in enumerate(paired.order):
+    done = 0
+
+    def quantized(name: str, pairs: Pairs | None) -> dict[str, Tensor]:
+        nonlocal encoder, done
         if progress:
             progress(done, len(paired.order))
-        if encoder.done:
-            encoder = _retargeted(encoder, paired.measure([name], encoder.so_far(c).state()))
+        done += 1
+        if pairs is not None:
+            encoder = _retargeted(encoder, name, pairs)
         encoder = encoder.revised({}, {}, encoder.weights([name], c, choice))
+        return encoder.part(name, c).state()
+
+    paired.walk(quantized)
     return encoder.draft(c, choice)
 
 
-def _retargeted(encoder: Encoder, pairs: dict[str, Pairs]) -> Encoder:
-    """The encoder with other targets for some weights, and for the vectors that take what is off in the mean."""
-    values: dict[str, FloatArray] = {}
-    means: dict[str, FloatArray] = {}
-    for name, pair in pairs.items():
-        weight, absorber = encoder.source.values[name], encoder.absorber(name)
-        values[name] = pair.refit(weight, DAMPING, absorber is not None)
-        if absorber is None or pair.by_row:
-            continue
-        mean, other = pair.means()
-        means[name] = other
-        off = _grouped(weight, mean) - _grouped(values[name], other)
-        if absorber.endswith(".shift"):
-            off = off * encoder.source.values[f"{absorber.removesuffix('.shift')}.scale"]
-        values[absorber] = encoder.source.values[absorber].reshape(-1) + off
-    return encoder.revised(values, means, {})
+def _retargeted(encoder: Encoder, name: str, pairs: Pairs) -> Encoder:
+    """The encoder with another target for a weight, and for the vector that takes what is off in the mean."""
+    weight, absorber = encoder.source.values[name], encoder.absorber(name)
+    target = pairs.refit(weight, DAMPING, absorber is not None)
+    if absorber is None or pairs.by_row:
+        return encoder.revised({name: target}, {}, {})
+    mean, other = pairs.means()
+    off = _grouped(weight, mean) - _grouped(target, other)
+    if absorber.endswith(".shift"):
+        off = off * encoder.source.values[f"{absorber.removesuffix('.shift')}.scale"]
+    return encoder.revised({name: target, absorber: encoder.source.values[absorber].reshape(-1) + off}, {name: other}, {})
 
 
 def _grouped(weight: FloatArray, mean: FloatArray) -> FloatArray:

@@ -24,12 +24,11 @@ class Copies:
         for twin in self._models:
             self._idle.put(twin)
         self.state = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        self._half = {k: v.dtype for k, v in self.state.items() if v.dtype in HALF}
 
     def load(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Take other weights, rounded to the model's dtypes as they will be used; keys that are left out are the model's. Returns
         what was taken."""
-        decoded = {k: v.to(self._half[k]) if k in self._half else v for k, v in state.items()}
+        decoded = rounded(state, self.state)
         for twin in self._models:
             twin.load_state_dict({**self.state, **decoded}, strict=False)
         return decoded
@@ -42,6 +41,11 @@ class Copies:
             yield twin
         finally:
             self._idle.put(twin)
+
+
+def rounded(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors in half precision where those of a model are."""
+    return {k: v.to(like[k].dtype) if k in like and like[k].dtype in HALF else v for k, v in state.items()}
 
 
 def copy_model(model: nn.Module) -> nn.Module:

@@ -9,23 +9,24 @@ arXiv 2504.02692, weights under feedback.)
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from transquant.records import FloatArray, Plan, WeightSpec
-from transquant.stats.copies import Copies
+from transquant.stats.forwards import Forward, Run, Twins
+from transquant.stats.live import Live
 from transquant.stats.moments import TOKENS, Moments, moment_shapes
-from transquant.stats.recorders import Handle, attach
+from transquant.stats.recorders import attach
 from transquant.workers import Workers
-
-Run = Callable[[nn.Module, Any], Tensor]
 
 BY_ROW = ("conv1d_hf", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")  # kinds whose rows meet the inputs
 MAX_SIDE = 4608  # of the inputs of a layer that is refitted; above it systems of equations take minutes
+MOST_LIVE = 3 << 29  # bytes of activations that all forwards may hold while they wait
 
 
 @dataclass(slots=True)
@@ -74,122 +75,167 @@ class Pairs:
         return result
 
 
-class _Seen(BaseException):
-    """Ends a forward when all that is wanted has been seen; no `except Exception` of the caller's catches it."""
-
-
 class _Inputs(Moments):
-    """In the place of moments: keeps the inputs themselves, of as many calls as there will be."""
+    """In the place of moments: keeps the inputs themselves, of one call of a module."""
 
-    def begin(self, offset: int, wanted: list[int]) -> None:
-        """Forget; `wanted[0]` counts the calls that are still to come, of all layers."""
-        self.reset(offset)
+    def reset(self, offset: int) -> None:
+        """Forget."""
+        super().reset(offset)
         self.calls: list[tuple[int | None, Tensor]] = []
-        self.by_row, self.wanted, self.stamp = False, wanted, 0
+        self.by_row = False
 
     def add_columns(self, x: Tensor, group: int | None = None, mean: bool = True) -> None:
         """x (g, n, P), of one group (1, n, P)."""
-        self._keep(group, x)
+        self.calls.append((group, x.detach().float().cpu()))
 
     def add_rows(self, y: Tensor, group: int | None = None) -> None:
         """As columns: in a forward without gradients these are inputs."""
         self.by_row = True
-        self._keep(group, y)
+        self.add_columns(y, group)
+
+
+class _First(Moments):
+    """In the place of moments: notes that inputs came, in a list for all weights."""
+
+    def note_in(self, seen: dict[str, None]) -> Self:
+        """The list, in order."""
+        self.seen = seen
+        return self
+
+    def add_columns(self, x: Tensor, group: int | None = None, mean: bool = True) -> None:
+        """Any."""
+        self.seen.setdefault(self.spec.name)
+
+    def add_rows(self, y: Tensor, group: int | None = None) -> None:
+        """Any."""
+        self.seen.setdefault(self.spec.name)
 
     def add_row_squares(self, squares: Tensor) -> None:
-        """Tokens: only that they came."""
-        self._keep(None, torch.zeros(0, 0, 0))
+        """Tokens."""
+        self.seen.setdefault(self.spec.name)
 
-    def _keep(self, group: int | None, x: Tensor) -> None:
-        self.stamp = self.stamp or self.wanted[0]
-        self.calls.append((group, x.detach().float().cpu()))
-        self.wanted[0] -= 1
-        if self.wanted[0] == 0:
-            raise _Seen
+
+Visit = Callable[[str, Pairs | None], Mapping[str, Tensor]]
 
 
 class PairedNetworks:
-    """Copies of a float network, in pairs, of which one takes other weights."""
+    """A float network and one whose weights become others on the way, side by side on the same micro-batches."""
 
     def __init__(self, model: nn.Module, batches: Sequence[Any], plan: Plan, run: Run, pool: Workers) -> None:
-        self.batches, self.run, self.pool = list(batches), run, pool
-        self._count = min(pool.count, len(self.batches))
-        self._float, self._other = Copies(model, self._count), Copies(model, self._count)
+        self.run, self.pool = run, pool
         specs = [s for s in plan.specs if isinstance(s, WeightSpec) and s.module is not None]
         self._specs = {s.name: s for s in specs}
         self._shapes = moment_shapes(specs, 1 << 30, 1 << 62)
-        self.order, self._calls = self._execution_order()
+        self._chunk = pool.processes.size * max(pool.processes.exchange(pool.count))
+        self._float, self._other = Twins(model), Twins(model)
+        self._weights, self._once, live = self._execution_order(batches[0])
+        self.order = tuple(name for names in self._weights.values() for name in names)
+        # each micro-batch waits in two networks; the rule knows nothing of the machine, so files are the same everywhere
+        self.batches = list(batches[: max(1, MOST_LIVE // max(2 * live, 1))])
 
-    def measure(self, names: Sequence[str], state: Mapping[str, Tensor]) -> dict[str, Pairs]:
-        """Sums over all samples for some weights, in the float network and in one with `state` (keys that are left out stay
-        as they are). Left out are layers that are never reached, or see not the same positions in both, or numbers that are not
-        finite, and weights of several layers or with a length of their own."""
-        self._other.load(state)
-        names = [n for n in names if self._calls.get(n) and 0 < self._side(n) <= MAX_SIDE]
-        sums: dict[str, Pairs] = {}
-        if not names:
-            return sums
-        some = self._count * self.pool.processes.size
-        for first in range(0, len(self.batches), some):  # not all at once: partial sums are large
-            for part in self.pool.map(lambda k: self._partial(k, names), range(first, min(first + some, len(self.batches)))):
-                for name, pairs in part.items():
-                    if name in sums:
-                        sums[name].add(pairs)
-                    else:
-                        sums[name] = pairs
-        return {name: pairs for name, pairs in sums.items() if pairs.finite()}
+    def walk(self, visit: Visit) -> None:
+        """One forward of both networks on all micro-batches, side by side.
 
-    def _side(self, name: str) -> int:
-        """Inputs of a group of the weight; 0 where it is not to be refitted: tokens are what they are, what several layers share
-        cannot be fitted for one, and a norm would undo it."""
-        shape, spec = self._shapes[name], self._specs[name]
-        if spec.kind in TOKENS or spec.tied or spec.rescaled:
-            return 0
-        return shape.rows if spec.kind in BY_ROW else shape.columns
+        Before a module with weights all micro-batches wait, and `visit(name, pairs)` is called for one of its weights after the
+        other. It returns tensors by key that the other network has from there on; keys that are never returned stay as they are.
+        `pairs` is None where a weight is not to be refitted: where nothing has been changed yet or numbers are not finite, for
+        tokens, for weights of several layers or with a length of their own, for modules that are called more than once (what they
+        will see later depends on the weight itself), and above MAX_SIDE inputs. Weights that are never reached are not visited.
 
-    def _partial(self, index: int, names: Sequence[str]) -> dict[str, Pairs]:
-        wanted = sum(self._calls[n] for n in names)
-        with self._float.one() as one, self._other.one() as other:
-            seen, changed = (self._inputs(model, index, self.batches[index], names, wanted) for model in (one, other))
-        parts = {}
-        for name in names:
-            a, b = seen[name], changed[name]
-            if not a.calls or [(g, x.shape) for g, x in a.calls] != [(g, x.shape) for g, x in b.calls]:
-                continue
-            parts[name] = _sums(self._shapes[name].groups, a, b)
-        return parts
+        A micro-batch that does not come to a module, or comes to it late, is not waited for: of the modules where forwards
+        stand, the first in the order of the first micro-batch is next, with those that stand there."""
+        self._other.reset()
+        share = range(self.pool.processes.rank, len(self.batches), self.pool.processes.size)
+        wanted = set(self._weights)
+        kinds = {path: self._specs[names[0]].kind for path, names in self._weights.items()}
 
-    def _inputs(self, model: nn.Module, index: int, batch: Any, names: Sequence[str], wanted: int) -> dict[str, _Inputs]:
-        """What meets these weights in one forward, which ends after so many calls."""
-        left = [wanted]
-        sinks = {n: _Inputs(self._specs[n], self._shapes[n]) for n in names}
-        by_module: dict[tuple[str, str], dict[str, Moments]] = {}
-        for name, sink in sinks.items():
-            sink.begin(index, left)
-            spec = self._specs[name]
-            by_module.setdefault((spec.kind, spec.module or ""), {})[spec.attribute] = sink
-        modules = dict(model.named_modules(remove_duplicate=False))
-        handles: list[Handle] = []
+        def forward(twins: Twins, index: int) -> Forward:
+            return Forward(twins.one(), self.batches[index], self.run, kinds, wanted)
+
+        lanes = {k: (forward(self._float, k), forward(self._other, k)) for k in share}
+        every = [f for lane in lanes.values() for f in lane]
         try:
-            for (kind, path), mine in by_module.items():
-                handles += attach(kind, modules[path], mine)
-            with torch.no_grad():
-                self.run(model, batch)
-        except _Seen:
-            pass
+            changed = False
+            self.pool.own(Forward.advance, every)
+            while wanted and (path := self._next(every)) is not None:
+                for name in self._weights[path]:
+                    pairs = self._measure(name, path, lanes) if changed and self._may_be_refitted(name, path) else None
+                    self._other.load(visit(name, pairs))
+                    changed = True
+                wanted.discard(path)
+                self.pool.own(Forward.advance, [f for f in every if f.place == path] if wanted else [])
         finally:
-            for handle in handles:
-                handle.remove()
-        return sinks
+            for one in every:
+                one.close()
 
-    def _execution_order(self) -> tuple[tuple[str, ...], dict[str, int]]:
-        """Weights in the order of their first use, and how often each is used; those that are seen by no recorder are left out."""
-        names = list(self._specs)
-        with self._float.one() as model:
-            sinks = self._inputs(model, 0, self.batches[0], names, 1 << 62)
-        stamps = {n: s.stamp for n, s in sinks.items() if s.calls}
-        order = sorted(stamps, key=lambda n: -stamps[n])
-        return tuple(order), {n: len(sinks[n].calls) for n in order}
+    def _next(self, forwards: Sequence[Forward]) -> str | None:
+        """Where the weights are next: the first of all places where forwards of any process stand."""
+        paths = list(self._weights)
+        own = min((paths.index(f.place) for f in forwards if f.place is not None), default=len(paths))
+        first = min(self.pool.processes.exchange(own))
+        return paths[first] if first < len(paths) else None
+
+    def _may_be_refitted(self, name: str, path: str) -> bool:
+        """Tokens are what they are, what several layers share cannot be fitted for one, and a norm would undo it."""
+        shape, spec = self._shapes[name], self._specs[name]
+        if path not in self._once or spec.kind in TOKENS or spec.tied or spec.rescaled:
+            return False
+        return (shape.rows if spec.kind in BY_ROW else shape.columns) <= MAX_SIDE
+
+    def _measure(self, name: str, path: str, lanes: Mapping[int, tuple[Forward, Forward]]) -> Pairs | None:
+        """Sums over all micro-batches that stand before the module in both networks and see the same positions there."""
+        spec, shape = self._specs[name], self._shapes[name]
+
+        def partial(index: int) -> Pairs | None:
+            seen = []
+            for one in lanes[index]:
+                if one.place != path:
+                    return None
+                sink = _Inputs(spec, shape)
+                sink.reset(index)
+                one.record({spec.attribute: sink})
+                seen.append(sink)
+            a, b = seen
+            same = [(g, x.shape) for g, x in a.calls] == [(g, x.shape) for g, x in b.calls]
+            return _sums(shape.groups, a, b) if a.calls and same else None
+
+        sums: Pairs | None = None
+        for first in range(0, len(self.batches), self._chunk):  # not all at once: partial sums are large
+            for part in self.pool.map(partial, range(first, min(first + self._chunk, len(self.batches)))):
+                if sums is None or part is None:
+                    sums = sums or part
+                else:
+                    sums.add(part)
+        return sums if sums is not None and sums.finite() else None
+
+    def _execution_order(self, batch: Any) -> tuple[dict[str, list[str]], set[str], int]:
+        """From one forward: weights by path of their module, in the order of their first use; the modules that are called once;
+        the most bytes of activations that are alive at a call of any of them. Weights that no recorder sees are left out."""
+        seen: dict[str, None] = {}
+        calls: Counter[str] = Counter()
+        model = self._float.one()
+        live = Live(model)
+        modules = dict(model.named_modules(remove_duplicate=False))
+        sinks: dict[tuple[str, str], dict[str, Moments]] = {}
+
+        def came_to(path: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any) -> None:
+                calls[path] += 1
+                live.measure()
+
+            return hook
+
+        for name, spec in self._specs.items():
+            sinks.setdefault((spec.kind, spec.module or ""), {})[spec.attribute] = _First(spec, self._shapes[name]).note_in(seen)
+        for (kind, path), mine in sinks.items():
+            attach(kind, modules[path], mine)
+            modules[path].register_forward_pre_hook(came_to(path))
+        with torch.no_grad():
+            self.run(model, batch)
+        weights: dict[str, list[str]] = {}
+        for name in seen:
+            weights.setdefault(self._specs[name].module or "", []).append(name)
+        return weights, {path for path in weights if calls[path] == 1}, live.most
 
 
 def _sums(groups: int, a: _Inputs, b: _Inputs) -> Pairs:
