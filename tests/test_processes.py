@@ -44,6 +44,18 @@ class Refuses(nn.Module):
             raise RuntimeError("no more")
         return self.body(x)
 
+class RefusesOtherWeights(nn.Module):
+    # where layers go in execution order: there alone samples that are not held back meet other weights
+    def __init__(self):
+        super().__init__()
+        self.body = net()
+    def forward(self, x):
+        y = self.body[0](x)
+        other = not torch.equal(self.body[0].weight, net()[0].weight)
+        if other and os.environ["RANK"] == "1" and (x[0] == samples()[:128]).flatten(1).all(1).any():
+            raise RuntimeError("no other weights")
+        return self.body[1:](y)
+
 def leaves():
     if os.environ["RANK"] == "1":
         os._exit(9)
@@ -100,6 +112,7 @@ def test_the_file_of_one_process(launch, tmp_path, options, processes):
     [
         (("--model", "network.py:net", "--calibration", "network.py:fails_in_one", "--bits", 4), "'only here'", 2),
         (("--model", "network.py:Refuses", *CALIBRATED, "--bits", 4), "refuses a calibration batch", 2),
+        (("--model", "network.py:RefusesOtherWeights", *CALIBRATED, "--step", 0.05), "no other weights", 2),
         (("--model", "network.py:net", "--calibration", "network.py:others", "--bits", 4), "different calibration samples", 2),
         (("--model", "network.py:net", *CALIBRATED, "--size", 10), "cannot be reached", 3),
         (
@@ -108,7 +121,7 @@ def test_the_file_of_one_process(launch, tmp_path, options, processes):
             1,
         ),
     ],
-    ids=["while loading", "while measuring", "other samples", "target", "killed"],
+    ids=["while loading", "while measuring", "in order", "other samples", "target", "killed"],
 )
 def test_an_error_in_one_is_an_error_in_all(launch, tmp_path, options, message, code):
     done = launch("-m", "transquant", "compress", *options, "-o", "two.tq")

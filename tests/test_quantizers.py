@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from transquant import grid
-from transquant.allocation.search import Closest, largest_feasible, meet_size
+from transquant.allocation.search import Closest, largest_feasible, meet_size, slope_of
 from transquant.allocation.steps import Grouping, matrix_steps
 from transquant.entropy import lanes
 from transquant.entropy.tables import expected_levels, magnitude_laws
@@ -169,6 +169,21 @@ def test_size_search_lands_inside_its_window():
         assert found.feasible
         assert 0.996 * target <= found.value <= target
     assert not meet_size(size, 900, 9, 1.0, 10_000).feasible
+
+
+def test_slopes_are_those_between_points_that_are_apart():
+    assert slope_of({}, 7.0) == slope_of({1.0: 500.0}, 7.0) == 7.0
+    assert slope_of({2.0: 500.0, 1.0: 600.0, 1.5: 9e9}, 7.0) == 100.0
+    assert slope_of({1.0: 600.0, 1.001: 500.0}, 7.0) == 7.0  # chance
+    assert slope_of({1.0: 500.0, 2.0: 600.0}, 7.0) == 7.0
+
+    def passes(slope):
+        """Of files that are 3 % larger than those of an earlier search, which fell by 900 bytes an octave."""
+        sizes = []
+        meet_size(lambda c: sizes.append(10_300 - 900 * np.log2(c)) or sizes[-1], 10_000, 60, 1.0, slope)
+        return len(sizes)
+
+    assert passes(slope_of({1.0: 10_000.0, 1.1: 10_000 - 900 * np.log2(1.1)}, 2000.0)) == 2 < passes(2000.0)
 
 
 def test_search_survives_a_staircase():

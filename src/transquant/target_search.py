@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from transquant.allocation.search import Closest, largest_feasible, meet_size
+from transquant.allocation.search import Closest, largest_feasible, meet_size, slope_of
 from transquant.choices import Choice
 from transquant.encoder import Draft, Encoder
 from transquant.errors import InputError, TargetError
@@ -51,6 +51,7 @@ class TargetSearch:
         self.scores: tuple[float, float] | None = None  # of the float model and of the final draft, for a target of that kind
         weights = [encoder.source.values[s.name] for s in encoder.plan.specs if isinstance(s, WeightSpec)]
         self.num_values = sum(w.size for w in weights)
+        self.slope = self.num_values / 10  # −d bytes / d log2 c; every search for a size corrects it for the next
 
     def run(self) -> tuple[Draft, Choice]:
         """The final draft and what was chosen for it."""
@@ -100,7 +101,9 @@ class TargetSearch:
             return choice, start
         tuner = Tuner(self.encoder.draft, self.size, self._distortion, target_bytes, self.num_values)
         trellis = self.encoder.method.state_bits > 0
-        return choose(tuner, start, self.encoder.plan.work, trellis, lambda done, total: self.say("tuning", done, total))
+        found = choose(tuner, start, self.encoder.plan.work, trellis, lambda done, total: self.say("tuning", done, total))
+        self.slope = tuner.slope
+        return found
 
     def _distortion(self, draft: Draft) -> float:
         return self.reference.distortion(draft.state()) if self.reference else draft.predicted
@@ -111,14 +114,19 @@ class TargetSearch:
         tries = 0
 
         def search(choice: Choice, start: float, max_steps: int) -> float:
+            sizes: dict[float, float] = {}
+
             def size_of(c: float) -> float:
                 nonlocal tries
                 tries += 1
                 self.say("search", tries, 0)
                 draft = self.encoder.draft(c, choice)
-                return closest.offer((draft, choice), self.size(draft))
+                sizes[c] = closest.offer((draft, choice), self.size(draft))
+                return sizes[c]
 
-            return meet_size(size_of, self.target.value, 0.4 * self.target.slack, start, self.num_values / 10, max_steps).c
+            found = meet_size(size_of, self.target.value, 0.4 * self.target.slack, start, self.slope, max_steps)
+            self.slope = slope_of(sizes, self.slope)
+            return found.c
 
         c = search(choice, start, 14)
         least = self.target.value - self.target.slack
@@ -149,7 +157,7 @@ class TargetSearch:
             found = self._draft(c, choice)
             return closest.offer(found, self.size(found))
 
-        meet_size(size_of, self.target.value, 0.6 * self.target.slack, draft.c, self.num_values / 10, max_steps=PASSES)
+        meet_size(size_of, self.target.value, 0.6 * self.target.slack, draft.c, self.slope, max_steps=PASSES)
         refined = closest.item
         if refined is None or not self.target.value - self.target.slack <= closest.size <= self.target.value:
             _log.info("layers in execution order met no file of the asked size")

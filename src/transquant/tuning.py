@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from math import log2
 
-from transquant.allocation.search import Closest, meet_size
+from transquant.allocation.search import Closest, meet_size, slope_of
 from transquant.allocation.steps import Grouping
 from transquant.choices import Choice
 from transquant.encoder import Draft
@@ -60,9 +60,7 @@ class Tuner:
                 return sizes[c]
 
             meet_size(size_of, closest.limit, slack, start, self.slope, max_steps=6)
-            (low, large), (high, small) = min(sizes.items()), max(sizes.items())
-            if large > small:
-                self.slope = (large - small) / log2(high / low)
+            self.slope = slope_of(sizes, self.slope)
             draft, size = closest.item, closest.size
             assert draft is not None
             # six decibels a bit: what a file of exactly the target size would measure, nearly

@@ -6,12 +6,14 @@ keeps a bracket, steps by the local slope, and remembers the best point that mee
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import log2
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+APART = 1 / 64  # octaves; sizes of files closer than that differ by chance
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +83,24 @@ def meet_size(
             if last is not None and abs(last[0] - x) > 1e-9 and (last[1] - size) / (x - last[0]) > 0:
                 slope = (last[1] - size) / (x - last[0])
             last = (x, size)
-            step = 1.1 * (size - aim) / max(slope, 1e-9)  # a little too far, to get the target between two points
+            # a little too far, to get the target between two points, but not out of the window where the slope is right
+            past = min(max(0.1 * (size - aim), -slack / 4), slack / 4)
+            step = (size - aim + past) / max(slope, 1e-9)
             x += min(max(step, -4.0), 4.0) if abs(step) > 0.01 else (0.01 if size > target else -0.01)
             if not -160 < x < 160:
                 break
     if best is None:
         return Found(2.0 ** smallest[1], False, smallest[0])
     return Found(2.0 ** best[0], True, best[1])
+
+
+def slope_of(sizes: Mapping[float, float], guess: float) -> float:
+    """−d bytes / d log2 c from sizes by c: between the farthest, or `guess` where those lie too close to tell."""
+    if len(sizes) < 2:
+        return guess
+    (low, large), (high, small) = min(sizes.items()), max(sizes.items())
+    octaves = log2(high / low)
+    return (large - small) / octaves if large > small and octaves >= APART else guess
 
 
 def largest_feasible(feasible: Callable[[float], bool], start: float, tolerance: float, max_steps: int = 24) -> Found:

@@ -1,4 +1,4 @@
-"""How many bytes of activations a forward holds while it stands before a module."""
+"""How many bytes of activations a forward holds at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Live:
-    """Watches what modules are given and what they return; `most` bytes of that were alive at a call of `measure`."""
+    """Watches what the modules of a model are given and what they return; `most` bytes of that were alive at a call of any."""
 
     def __init__(self, model: nn.Module) -> None:
         self.most = 0
@@ -20,19 +20,16 @@ class Live:
             module.register_forward_pre_hook(self._given, with_kwargs=True)
             module.register_forward_hook(self._returned)
 
-    def measure(self) -> None:
-        """Count what is alive now: of views of one storage the largest, since a micro-batch may be a part of all samples."""
+    def _given(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._seen += [ref(t) for t in _tensors((args, kwargs))]
         alive = [(seen, tensor) for seen in self._seen if (tensor := seen()) is not None]
         self._seen = [seen for seen, _ in alive]
-        sizes: dict[int, int] = {}
+        sizes: dict[int, int] = {}  # of views of one storage the largest: a micro-batch may be a part of all samples
         for _, tensor in alive:
             storage = tensor.untyped_storage()
             size = min(tensor.numel() * tensor.element_size(), storage.nbytes())
             sizes[storage.data_ptr()] = max(sizes.get(storage.data_ptr(), 0), size)
         self.most = max(self.most, sum(sizes.values()))
-
-    def _given(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._seen += [ref(t) for t in _tensors((args, kwargs))]
 
     def _returned(self, module: nn.Module, args: Any, result: Any) -> None:
         self._seen += [ref(t) for t in _tensors(result)]

@@ -26,7 +26,7 @@ from transquant.workers import Workers
 
 BY_ROW = ("conv1d_hf", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")  # kinds whose rows meet the inputs
 MAX_SIDE = 4608  # of the inputs of a layer that is refitted; above it systems of equations take minutes
-MOST_LIVE = 3 << 29  # bytes of activations that all forwards may hold while they wait
+MOST_LIVE = 3 << 29  # bytes of activations that all forwards may hold
 
 
 @dataclass(slots=True)
@@ -130,7 +130,8 @@ class PairedNetworks:
         self._float, self._other = Twins(model), Twins(model)
         self._weights, self._once, live = self._execution_order(batches[0])
         self.order = tuple(name for names in self._weights.values() for name in names)
-        # each micro-batch waits in two networks; the rule knows nothing of the machine, so files are the same everywhere
+        # each micro-batch waits in two networks, and memory that it needed on its way is not always given back; the rule knows
+        # nothing of the machine, so files are the same everywhere
         self.batches = list(batches[: max(1, MOST_LIVE // max(2 * live, 1))])
 
     def walk(self, visit: Visit) -> None:
@@ -210,7 +211,7 @@ class PairedNetworks:
 
     def _execution_order(self, batch: Any) -> tuple[dict[str, list[str]], set[str], int]:
         """From one forward: weights by path of their module, in the order of their first use; the modules that are called once;
-        the most bytes of activations that are alive at a call of any of them. Weights that no recorder sees are left out."""
+        the most bytes of activations that it holds. Weights that no recorder sees are left out."""
         seen: dict[str, None] = {}
         calls: Counter[str] = Counter()
         model = self._float.one()
@@ -221,7 +222,6 @@ class PairedNetworks:
         def came_to(path: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any) -> None:
                 calls[path] += 1
-                live.measure()
 
             return hook
 
