@@ -49,6 +49,10 @@ class _Closed(BaseException):
     """Ends a forward that nobody needs any more; no `except Exception` of the caller's catches it."""
 
 
+class Enough(BaseException):
+    """Ends the recording of a module when all that is wanted has been seen."""
+
+
 class Coroutine:
     """A function in a thread of its own that runs only between `advance` and its next `pause`, without gradients and on one
     arithmetic thread."""
@@ -123,8 +127,9 @@ class Forward(Coroutine):
         # before the caller's own hooks, which get the same inputs as often as the module is called
         for path, module in self._modules.items():
             module.register_forward_pre_hook(self._stop_before(path), prepend=True, with_kwargs=True)
-        # what is replayed is so all the way: modules inside it are called in that case alone
-        self._replayed = {path: attach(kind, modules[path], {}) for path, kind in kinds.items() if kind in REPLAYED}
+        # modules inside one that is replayed are called in that case alone
+        outer = [p for p, kind in kinds.items() if kind in REPLAYED and any(path.startswith(f"{p}.") for path in kinds)]
+        self._replayed = {path: attach(kinds[path], modules[path], {}) for path in outer}
 
     def advance(self) -> None:
         """Run to the next module that is wanted, or to the end."""
@@ -132,7 +137,8 @@ class Forward(Coroutine):
         super().advance()
 
     def record(self, sinks: Mapping[str, Moments]) -> None:
-        """Call the module where the forward stands on the inputs that it is to get, and record them, by attribute of the module."""
+        """Call the module where the forward stands on the inputs that it is to get, and record them, by attribute of the module,
+        until a sink raises Enough."""
         assert self.place is not None
         module, kind, (args, kwargs) = self._modules[self.place], self._kinds[self.place], self._inputs
         _remove(self._replayed.get(self.place, ()))
@@ -141,10 +147,12 @@ class Forward(Coroutine):
         try:
             with torch.no_grad():
                 module(*args, **kwargs)
+        except Enough:
+            pass
         finally:
             self._recording = False
             _remove(handles)
-            if kind in REPLAYED:
+            if self.place in self._replayed:
                 self._replayed[self.place] = attach(kind, module, {})
 
     def _stop_before(self, path: str) -> Callable[..., None]:

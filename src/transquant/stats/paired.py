@@ -12,15 +12,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from transquant.records import FloatArray, Plan, WeightSpec
-from transquant.stats.forwards import Forward, Run, Twins
+from transquant.stats.forwards import Enough, Forward, Run, Twins
 from transquant.stats.live import Live
-from transquant.stats.moments import TOKENS, Moments, moment_shapes
+from transquant.stats.moments import TOKENS, Moments, Shape, moment_shapes
 from transquant.stats.recorders import attach
 from transquant.workers import Workers
 
@@ -76,17 +76,19 @@ class Pairs:
 
 
 class _Inputs(Moments):
-    """In the place of moments: keeps the inputs themselves, of one call of a module."""
+    """In the place of moments: keeps the inputs themselves, of one call of a module, until they came `wanted` times."""
 
-    def reset(self, offset: int) -> None:
-        """Forget."""
-        super().reset(offset)
+    def __init__(self, spec: WeightSpec, shape: Shape, offset: int, wanted: int) -> None:
+        super().__init__(spec, shape)
+        self.offset, self.wanted = offset, wanted
         self.calls: list[tuple[int | None, Tensor]] = []
         self.by_row = False
 
     def add_columns(self, x: Tensor, group: int | None = None, mean: bool = True) -> None:
         """x (g, n, P), of one group (1, n, P)."""
         self.calls.append((group, x.detach().float().cpu()))
+        if len(self.calls) == self.wanted:
+            raise Enough
 
     def add_rows(self, y: Tensor, group: int | None = None) -> None:
         """As columns: in a forward without gradients these are inputs."""
@@ -94,25 +96,24 @@ class _Inputs(Moments):
         self.add_columns(y, group)
 
 
-class _First(Moments):
-    """In the place of moments: notes that inputs came, in a list for all weights."""
+class _Noted(Moments):
+    """In the place of moments: counts how often inputs came, in one table for all weights."""
 
-    def note_in(self, seen: dict[str, None]) -> Self:
-        """The list, in order."""
+    def __init__(self, spec: WeightSpec, shape: Shape, seen: Counter[str]) -> None:
+        super().__init__(spec, shape)
         self.seen = seen
-        return self
 
     def add_columns(self, x: Tensor, group: int | None = None, mean: bool = True) -> None:
         """Any."""
-        self.seen.setdefault(self.spec.name)
+        self.seen[self.spec.name] += 1
 
     def add_rows(self, y: Tensor, group: int | None = None) -> None:
         """Any."""
-        self.seen.setdefault(self.spec.name)
+        self.seen[self.spec.name] += 1
 
     def add_row_squares(self, squares: Tensor) -> None:
         """Tokens."""
-        self.seen.setdefault(self.spec.name)
+        self.seen[self.spec.name] += 1
 
 
 Visit = Callable[[str, Pairs | None], Mapping[str, Tensor]]
@@ -128,7 +129,7 @@ class PairedNetworks:
         self._shapes = moment_shapes(specs, 1 << 30, 1 << 62)
         self._chunk = pool.processes.size * max(pool.processes.exchange(pool.count))
         self._float, self._other = Twins(model), Twins(model)
-        self._weights, self._once, live = self._execution_order(batches[0])
+        self._weights, self._parts, self._once, live = self._execution_order(batches[0])
         self.order = tuple(name for names in self._weights.values() for name in names)
         # each micro-batch waits in two networks, and memory that it needed on its way is not always given back; the rule knows
         # nothing of the machine, so files are the same everywhere
@@ -192,8 +193,7 @@ class PairedNetworks:
             for one in lanes[index]:
                 if one.place != path:
                     return None
-                sink = _Inputs(spec, shape)
-                sink.reset(index)
+                sink = _Inputs(spec, shape, index, self._parts[name])
                 one.record({spec.attribute: sink})
                 seen.append(sink)
             a, b = seen
@@ -209,10 +209,11 @@ class PairedNetworks:
                     sums.add(part)
         return sums if sums is not None and sums.finite() else None
 
-    def _execution_order(self, batch: Any) -> tuple[dict[str, list[str]], set[str], int]:
-        """From one forward: weights by path of their module, in the order of their first use; the modules that are called once;
-        the most bytes of activations that it holds. Weights that no recorder sees are left out."""
-        seen: dict[str, None] = {}
+    def _execution_order(self, batch: Any) -> tuple[dict[str, list[str]], Counter[str], set[str], int]:
+        """From one forward: weights by path of their module, in the order of their first use; in how many parts a weight's inputs
+        come (queries, keys, values); the modules that are called once; the most bytes of activations that it holds. Weights
+        that no recorder sees are left out."""
+        seen: Counter[str] = Counter()
         calls: Counter[str] = Counter()
         model = self._float.one()
         live = Live(model)
@@ -226,7 +227,7 @@ class PairedNetworks:
             return hook
 
         for name, spec in self._specs.items():
-            sinks.setdefault((spec.kind, spec.module or ""), {})[spec.attribute] = _First(spec, self._shapes[name]).note_in(seen)
+            sinks.setdefault((spec.kind, spec.module or ""), {})[spec.attribute] = _Noted(spec, self._shapes[name], seen)
         for (kind, path), mine in sinks.items():
             attach(kind, modules[path], mine)
             modules[path].register_forward_pre_hook(came_to(path))
@@ -235,7 +236,7 @@ class PairedNetworks:
         weights: dict[str, list[str]] = {}
         for name in seen:
             weights.setdefault(self._specs[name].module or "", []).append(name)
-        return weights, {path for path in weights if calls[path] == 1}, live.most
+        return weights, seen, {path for path in weights if calls[path] == 1}, live.most
 
 
 def _sums(groups: int, a: _Inputs, b: _Inputs) -> Pairs:
