@@ -178,9 +178,9 @@ def test_slopes_are_those_between_points_that_are_apart():
     assert slope_of({1.0: 500.0, 2.0: 600.0}, 7.0) == 7.0
 
     def passes(slope):
-        """Of files that are 3 % larger than those of an earlier search, which fell by 900 bytes an octave."""
+        """Of files that are 2 % larger than those of an earlier search, which fell by 900 bytes an octave."""
         sizes = []
-        meet_size(lambda c: sizes.append(10_300 - 900 * np.log2(c)) or sizes[-1], 10_000, 60, 1.0, slope)
+        meet_size(lambda c: sizes.append(10_200 - 900 * np.log2(c)) or sizes[-1], 10_000, 60, 1.0, slope)
         return len(sizes)
 
     assert passes(slope_of({1.0: 10_000.0, 1.1: 10_000 - 900 * np.log2(1.1)}, 2000.0)) == 2 < passes(2000.0)

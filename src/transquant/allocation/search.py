@@ -83,9 +83,7 @@ def meet_size(
             if last is not None and abs(last[0] - x) > 1e-9 and (last[1] - size) / (x - last[0]) > 0:
                 slope = (last[1] - size) / (x - last[0])
             last = (x, size)
-            # a little too far, to get the target between two points, but not out of the window where the slope is right
-            past = min(max(0.1 * (size - aim), -slack / 4), slack / 4)
-            step = (size - aim + past) / max(slope, 1e-9)
+            step = 1.1 * (size - aim) / max(slope, 1e-9)  # a little too far, to get the target between two points
             x += min(max(step, -4.0), 4.0) if abs(step) > 0.01 else (0.01 if size > target else -0.01)
             if not -160 < x < 160:
                 break
