@@ -47,6 +47,7 @@ def _mirrored(sign_class, odd):  # type: ignore[no-untyped-def]
 def code_decisions(  # type: ignore[no-untyped-def]
     q, width, taps, lanes, col_shift, decoding, feedback, forward, magnitude, gamma, signs, start, states, words, log, cursor
 ):
+    """Code one plane int32 (rows, columns); see `lanes` for the rest. Returns the log and the information content in bits."""
     rows, columns = q.shape
     col = np.zeros(columns, np.int64)
     row = np.zeros(lanes, np.int64)

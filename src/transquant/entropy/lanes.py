@@ -26,10 +26,9 @@ class _Tokens:
 
     def __init__(self, trellis: bool, adaptive: bool, decoding: bool) -> None:
         self.counts = tables.first_token_counts(trellis)
-        shape = self.counts.shape[1:]
-        self.fresh, self.progress = np.zeros(shape, np.uint32), np.zeros(2, np.int64)
+        self.fresh, self.progress = np.zeros(self.counts[0].size, np.uint32), np.zeros(2, np.int64)
         begins = tables.adapted(self.counts) if adaptive else tables.law_tables(trellis)
-        self.lookup = tables.lookup_of(begins) if decoding and not adaptive else np.zeros(1, np.uint8)
+        self.lookup = tables.law_lookup(trellis) if decoding and not adaptive else np.zeros(1, np.uint8)
         self.begins = begins.reshape(-1)
 
 
@@ -43,10 +42,10 @@ class _Coder:
         self.gamma = np.full((tables.NUM_CLASSES, tables.NUM_GAMMA, 2), 2, np.int64)
         self.start = np.full(tables.NUM_CLASSES, tables.FIRST_START, np.int64)
         self.tokens: dict[bool, _Tokens] = {}  # by whether there is a trellis
-        self.log = np.empty(1 << 16, np.uint64)
         # cursor: log position, word position, error flag
         self.cursor = np.zeros(3, np.int64)
         self.decoding = data is not None
+        self.log = np.empty(0 if self.decoding else 1 << 16, np.uint64)
         self.states, self.words = np.zeros(lanes, np.uint32), np.zeros(tables.SPARE_WORDS, np.uint16)
         if data is not None:
             if len(data) < 4 * lanes or (len(data) - 4 * lanes) % 2:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 from transquant.records import MAX_FOLD
@@ -63,6 +65,7 @@ def first_path_signs() -> np.ndarray:
     return np.tile(np.array([5, 3], np.int64), (27, 1))
 
 
+@cache
 def token_laws(trellis: bool) -> np.ndarray:
     """Weights of the tokens in each context, int64 (contexts, tokens): in a trellis 0, −1, 1, −2, 2, … are ever further from
     zero by half a step, so they follow a geometric law; without one both signs have their mean."""
@@ -87,6 +90,7 @@ def first_token_counts(trellis: bool) -> np.ndarray:
     return np.stack([counts, counts]).astype(np.int32)
 
 
+@cache
 def law_tables(trellis: bool) -> np.ndarray:
     """Where the ranges of the tokens begin in the static tables, and 2^14: uint32 (contexts, tokens + 1)."""
     laws = token_laws(trellis)
@@ -106,10 +110,11 @@ def adapted(counts: np.ndarray) -> np.ndarray:
     return np.asarray(begins, np.uint32)
 
 
-def lookup_of(begins: np.ndarray) -> np.ndarray:
-    """The token at every fourth place, uint8 (contexts · 4096,)."""
+@cache
+def law_lookup(trellis: bool) -> np.ndarray:
+    """The token at every fourth place of the static tables, uint8 (contexts · 4096,)."""
     places = np.arange(0, P_ONE, 1 << (P_BITS - LOOKUP_BITS))
-    return np.concatenate([np.searchsorted(row, places, side="right") - 1 for row in begins]).astype(np.uint8)
+    return np.concatenate([np.searchsorted(row, places, side="right") - 1 for row in law_tables(trellis)]).astype(np.uint8)
 
 
 def magnitude_laws(sizes: int) -> np.ndarray:

@@ -41,11 +41,11 @@ def code_tokens(  # type: ignore[no-untyped-def]
     side = min(lanes, rows)
     col = np.zeros(columns, np.int64)
     fast, slow, mean = np.zeros(side, np.int32), np.zeros(side, np.int32), np.zeros(side, np.int32)
-    sign, context, token = np.zeros(side, np.int32), np.zeros(side, np.uint32), np.zeros(side, np.uint32)
+    sign, token = np.zeros(side, np.int32), np.zeros(side, np.uint32)
     path, shift = np.zeros(side, np.int8), np.zeros(side, np.int64)
     signs = np.zeros((columns + 1 if adaptive else 1, side), np.int8)  # the last row stays 0
     tile = np.zeros((_TILE, side), np.int32)
-    touched = np.zeros(len(fresh), np.uint8)
+    touched = np.zeros(tables.NUM_CONTEXTS, np.uint8)
     for first in range(0, rows, lanes):
         count = min(lanes, rows - first)
         fast[:] = start[0]
@@ -75,20 +75,17 @@ def code_tokens(  # type: ignore[no-untyped-def]
                 _shifts(count, mean, shift)
 
             if not decoding:
-                escaped = _write(count, mean, sign, context, begins, tile, t, shifted, shift, token, log, cursor)
+                escaped = _write(count, mean, sign, begins, tile, t, shifted, shift, token, fresh, touched, log, cursor)
             elif adaptive:
-                escaped = _search(count, mean, sign, context, begins, states, words, cursor, token, tile, t)
+                escaped = _search(count, mean, sign, begins, states, words, cursor, token, fresh, touched, tile, t)
             else:
-                escaped = _look_up(count, mean, context, begins, lookup, states, words, cursor, token, tile, t)
+                escaped = _look_up(count, mean, begins, lookup, states, words, cursor, token, fresh, touched, tile, t)
             if escaped or shifted:
                 bits += _rest(decoding, count, token, shifted, shift, fresh, touched, begins, tile, t, states, words, log, cursor)
             if cursor[2] or cursor[1] > len(words) - tables.SPARE_WORDS:
                 cursor[2] = 1
                 return log, bits
 
-            for lane in range(count):
-                fresh[context[lane], token[lane]] += _U1
-                touched[context[lane]] = 1
             progress[0] += count
             progress[1] += count
             if adaptive and progress[0] >= min(tables.REBUILD, progress[1] >> tables.REBUILD_SHIFT):
@@ -120,7 +117,7 @@ def _averages(count, fast, slow, around, half, mean):  # type: ignore[no-untyped
     """The magnitudes to expect, in 1/256, and the largest of them."""
     around, half, top = _I(around), _I(half), _I(0)
     for lane in range(count):
-        m = _I(_I(_I(_I(fast[lane] + slow[lane]) >> 1) + around) >> half)
+        m = _I(_I(_I(_I(3 * fast[lane] + 5 * slow[lane]) >> 3) + around) >> half)
         mean[lane] = m
         top = max(top, m)
     return top
@@ -150,7 +147,7 @@ def _shifts(count, mean, shift):  # type: ignore[no-untyped-def]
 
 
 @nb.njit(cache=True, nogil=True)
-def _write(count, mean, sign, context, begins, tile, t, shifted, shift, token, log, cursor):  # type: ignore[no-untyped-def]
+def _write(count, mean, sign, begins, tile, t, shifted, shift, token, fresh, touched, log, cursor):  # type: ignore[no-untyped-def]
     """Tokens of a column to the log; whether any is an escape."""
     escaped = False
     for lane in range(count):
@@ -161,13 +158,15 @@ def _write(count, mean, sign, context, begins, tile, t, shifted, shift, token, l
         c = np.int64(_LEVEL[min(mean[lane], _LAST)]) + sign[lane]
         begin = np.int64(begins[c * (_TOKENS + 1) + k])
         log_event(lane, begin, np.int64(begins[c * (_TOKENS + 1) + k + 1]) - begin, log, cursor)
-        token[lane], context[lane] = k, c
+        token[lane] = k
+        fresh[c * _TOKENS + k] += _U1
+        touched[c] = 1
         escaped = escaped or k == _ESCAPE
     return escaped
 
 
 @nb.njit(cache=True, nogil=True)
-def _search(count, mean, sign, context, begins, states, words, cursor, token, tile, t):  # type: ignore[no-untyped-def]
+def _search(count, mean, sign, begins, states, words, cursor, token, fresh, touched, tile, t):  # type: ignore[no-untyped-def]
     """Tokens of a column from the states, by bisection; whether any is an escape."""
     pos, escaped = np.uint64(cursor[1]), _U0
     for lane in range(count):
@@ -184,7 +183,9 @@ def _search(count, mean, sign, context, begins, states, words, cursor, token, ti
         short = _U(x < _ULOW)
         states[lane] = _U(_U(x << _U(short << _U4)) | _U(words[pos] & _U(_U0 - short)))
         pos += short
-        context[lane], token[lane] = c, k
+        token[lane] = k
+        fresh[_U(_U(c << _U4) + k)] += _U1
+        touched[c] = 1
         tile[t, lane] = _I(k) - _I(_MIDDLE)
         escaped |= _U(k == _UESCAPE)
     cursor[1] = np.int64(pos)
@@ -192,7 +193,7 @@ def _search(count, mean, sign, context, begins, states, words, cursor, token, ti
 
 
 @nb.njit(cache=True, nogil=True)
-def _look_up(count, mean, context, begins, lookup, states, words, cursor, token, tile, t):  # type: ignore[no-untyped-def]
+def _look_up(count, mean, begins, lookup, states, words, cursor, token, fresh, touched, tile, t):  # type: ignore[no-untyped-def]
     """The same from static tables: a lookup says where a quarter of four places begins, at most three tokens further on."""
     pos, escaped = np.uint64(cursor[1]), _U0
     for lane in range(count):
@@ -209,7 +210,9 @@ def _look_up(count, mean, context, begins, lookup, states, words, cursor, token,
         short = _U(x < _ULOW)
         states[lane] = _U(_U(x << _U(short << _U4)) | _U(words[pos] & _U(_U0 - short)))
         pos += short
-        context[lane], token[lane] = c, k
+        token[lane] = k
+        fresh[_U(_U(c << _U4) + k)] += _U1
+        touched[c] = 1
         tile[t, lane] = _I(k) - _I(_MIDDLE)
         escaped |= _U(k == _UESCAPE)
     cursor[1] = np.int64(pos)
@@ -233,7 +236,7 @@ def _rest(  # type: ignore[no-untyped-def]
             while length[lane] < _LONGEST and above >> (length[lane] + 1) > 0:
                 length[lane] += 1
             length[lane] = _code_length(decoding, length[lane], begins, lane, states, words, log, cursor)
-            fresh[_LENGTHS, length[lane]] += _U1
+            fresh[_LENGTHS * _TOKENS + length[lane]] += _U1
             touched[_LENGTHS] = 1
     for lane in range(count):
         if token[lane] == _ESCAPE:
@@ -322,13 +325,13 @@ def _sign_states(count, tile, t, feedback, forward, path, signs, j):  # type: ig
 def _content(fresh, touched, begins):  # type: ignore[no-untyped-def]
     """Information content in bits of the tokens since the last time, which are forgotten."""
     bits = 0.0
-    for c in range(len(fresh)):
+    for c in range(tables.NUM_CONTEXTS):
         if touched[c]:
             touched[c] = 0
             for k in range(_TOKENS):
                 row = c * (_TOKENS + 1) + k
-                bits += fresh[c, k] * _LOG2[begins[row + 1] - begins[row]]
-                fresh[c, k] = 0
+                bits += fresh[c * _TOKENS + k] * _LOG2[begins[row + 1] - begins[row]]
+                fresh[c * _TOKENS + k] = 0
     return bits
 
 
@@ -336,17 +339,17 @@ def _content(fresh, touched, begins):  # type: ignore[no-untyped-def]
 def _learn(counts, fresh, touched, begins):  # type: ignore[no-untyped-def]
     """The tables after the tokens since the last time; returns their information content in bits."""
     bits = 0.0
-    for c in range(len(fresh)):
+    for c in range(tables.NUM_CONTEXTS):
         if not touched[c]:
             continue
         touched[c] = 0
         fast, slow = 0, 0
         for k in range(_TOKENS):
             row = c * (_TOKENS + 1) + k
-            bits += fresh[c, k] * _LOG2[begins[row + 1] - begins[row]]
-            counts[0, c, k] += tables.ONE_TOKEN * fresh[c, k]
-            counts[1, c, k] += tables.ONE_TOKEN * fresh[c, k]
-            fresh[c, k] = 0
+            bits += fresh[c * _TOKENS + k] * _LOG2[begins[row + 1] - begins[row]]
+            counts[0, c, k] += tables.ONE_TOKEN * fresh[c * _TOKENS + k]
+            counts[1, c, k] += tables.ONE_TOKEN * fresh[c * _TOKENS + k]
+            fresh[c * _TOKENS + k] = 0
             fast += counts[0, c, k]
             slow += counts[1, c, k]
         while fast > tables.FAST_TOTAL:
