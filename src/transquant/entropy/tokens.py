@@ -79,7 +79,7 @@ def code_tokens(  # type: ignore[no-untyped-def]
             elif adaptive:
                 escaped = _search(count, mean, sign, begins, states, words, cursor, token, fresh, touched, tile, t)
             else:
-                escaped = _look_up(count, mean, begins, lookup, states, words, cursor, token, fresh, touched, tile, t)
+                escaped = _look_up(count, mean, begins, lookup, states, words, cursor, token, fresh, tile, t)
             if escaped or shifted:
                 bits += _rest(decoding, count, token, shifted, shift, fresh, touched, begins, tile, t, states, words, log, cursor)
             if cursor[2] or cursor[1] > len(words) - tables.SPARE_WORDS:
@@ -108,7 +108,7 @@ def code_tokens(  # type: ignore[no-untyped-def]
         bits += _learn(counts, fresh, touched, begins)
         progress[0] = 0
     else:
-        bits += _content(fresh, touched, begins)
+        bits += _content(fresh, begins)
     return log, bits
 
 
@@ -193,7 +193,7 @@ def _search(count, mean, sign, begins, states, words, cursor, token, fresh, touc
 
 
 @nb.njit(cache=True, nogil=True)
-def _look_up(count, mean, begins, lookup, states, words, cursor, token, fresh, touched, tile, t):  # type: ignore[no-untyped-def]
+def _look_up(count, mean, begins, lookup, states, words, cursor, token, fresh, tile, t):  # type: ignore[no-untyped-def]
     """The same from static tables: a lookup says where a quarter of four places begins, at most three tokens further on."""
     pos, escaped = np.uint64(cursor[1]), _U0
     for lane in range(count):
@@ -212,7 +212,6 @@ def _look_up(count, mean, begins, lookup, states, words, cursor, token, fresh, t
         pos += short
         token[lane] = k
         fresh[_U(_U(c << _U4) + k)] += _U1
-        touched[c] = 1
         tile[t, lane] = _I(k) - _I(_MIDDLE)
         escaped |= _U(k == _UESCAPE)
     cursor[1] = np.int64(pos)
@@ -322,16 +321,14 @@ def _sign_states(count, tile, t, feedback, forward, path, signs, j):  # type: ig
 
 
 @nb.njit(cache=True, nogil=True)
-def _content(fresh, touched, begins):  # type: ignore[no-untyped-def]
+def _content(fresh, begins):  # type: ignore[no-untyped-def]
     """Information content in bits of the tokens since the last time, which are forgotten."""
     bits = 0.0
     for c in range(tables.NUM_CONTEXTS):
-        if touched[c]:
-            touched[c] = 0
-            for k in range(_TOKENS):
-                row = c * (_TOKENS + 1) + k
-                bits += fresh[c * _TOKENS + k] * _LOG2[begins[row + 1] - begins[row]]
-                fresh[c * _TOKENS + k] = 0
+        for k in range(_TOKENS):
+            row = c * (_TOKENS + 1) + k
+            bits += fresh[c * _TOKENS + k] * _LOG2[begins[row + 1] - begins[row]]
+            fresh[c * _TOKENS + k] = 0
     return bits
 
 
