@@ -2,8 +2,8 @@
 
     python benchmarks/speed.py               # about two minutes on two cores
 
-A layer of 1024 x 1024 weights from a Laplace distribution, at three rates; every figure is that of the fastest of several runs
-in one process. Writes benchmarks/speed.json.
+A layer of 2048 x 2048 weights from a Laplace distribution, at four rates; every figure is that of the fastest of several runs
+in one process. NNCodec's speed is measured in the same run where peers.py has made its environment. Writes benchmarks/speed.json.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 import transquant as tq
-from transquant.entropy import lanes_for
+from transquant import bitstream, codec
+from transquant.choices import CODERS
+from transquant.container import read_container
 from transquant.entropy.lanes import encode_planes
 from transquant.quantizers.feedback import Rounding, quantize_feedback
-from transquant.records import Plane
+from transquant.records import CodedEntry, CodedTensor
 
-SIDE = 1024
-SCALES = {"1 bit": 0.4, "2 bits": 1.2, "4 bits": 5.0}
+SIDE = 2048
+SCALES = {"0.5 bits": 0.2, "1 bit": 0.32, "2 bits": 0.7, "4 bits": 2.9}
+PEER = Path(__file__).resolve().parent / ".peers" / "nncodec" / "bin" / "python"
 
 
 def best(task: Callable[[], object], runs: int = 3) -> float:
@@ -43,26 +45,47 @@ def best(task: Callable[[], object], runs: int = 3) -> float:
     return min(times)
 
 
-def coder(symbols: np.ndarray, name: str) -> dict[str, float]:
-    """Rates in million weights a second, and the overhead over the information content of the models."""
-    layer = nn.Linear(SIDE, SIDE, bias=False)
-    with torch.no_grad():
-        layer.weight.copy_(torch.from_numpy(symbols).float())
-    energy = float((symbols.astype(float) ** 2).sum())
-    compressed = tq.compress(layer, None, step=1 / energy**0.5)  # the step that gives these symbols
-    planes = [Plane(symbols, 0)]
-    lanes = lanes_for(symbols.size, symbols.size, SIDE, float(np.abs(symbols).mean()))
-    data, bits = encode_planes(planes, lanes)
+def coder(symbols: np.ndarray, rate: str, kind: str) -> dict[str, float]:
+    """Of one matrix: bits a weight, and rates in million weights a second; decoding to integers, loading to float32 tensors."""
+    entry = CodedEntry("weight", symbols.shape, "float32", 0)
+    tensor = CodedTensor(entry, symbols)
+
+    def encode() -> bytes:
+        return bitstream.encode(
+            (2048, -20), (entry,), {"weight": tensor}, {}, lambda jobs: [encode_planes(*job) for job in jobs], CODERS[kind]
+        ).data
+
+    data = encode()
+    container = read_container(data)
+    name = f"{kind}, {rate}"
+    figures = {
+        f"bits a weight, {name}": 8 * len(data) / symbols.size,
+        f"encode, {name}, M weights/s": symbols.size / best(encode) / 1e6,
+    }
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        figures[f"decode, {name}, {threads} threads, M weights/s"] = symbols.size / best(lambda: codec._decode(container), 5) / 1e6
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "net.tq"
-        compressed.save(path)
-        return {
-            f"bits a weight, {name}": 8 * len(compressed.data) / symbols.size,
-            f"section over information content, {name}, %": 100 * (8 * len(data) / sum(bits) - 1),
-            f"encode, {name}, M weights/s": symbols.size / best(lambda: encode_planes(planes, lanes)) / 1e6,
-            f"load and state_dict, {name}, M weights/s": symbols.size / best(lambda: tq.load(path).state_dict()) / 1e6,
-            f"numpy reader, {name}, M weights/s": symbols.size / best(lambda: tq.reader.load(path), 2) / 1e6,
-        }
+        path.write_bytes(data)
+        figures[f"load and state_dict, {name}, 2 threads, M weights/s"] = (
+            symbols.size / best(lambda: tq.load(path).state_dict()) / 1e6
+        )
+        figures[f"numpy reader, {name}, M weights/s"] = symbols.size / best(lambda: tq.reader.load(path), 1) / 1e6
+    return figures
+
+
+def nncodec() -> dict[str, float]:
+    """The peer on a matrix of the same kind, one thread, where peers.py has made its environment."""
+    if not PEER.exists():
+        return {}
+    command = [str(PEER), str(PEER.parents[3] / "peer_tools" / "nncodec_speed.py"), str(SIDE)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    figures = {}
+    for row in json.loads(done.stdout.splitlines()[-1]):
+        name = f"NNCodec, qp {row['qp']}{', dependent' if row['dependent'] else ''}, {row['bits']:.2f} bits, M weights/s"
+        figures |= {f"encode, {name}": row["encode"], f"decode, {name}": row["decode"]}
+    return figures
 
 
 def feedback(side: int, rng: np.random.Generator) -> float:
@@ -75,8 +98,15 @@ def feedback(side: int, rng: np.random.Generator) -> float:
 def main() -> None:
     rng = np.random.default_rng(0)
     figures: dict[str, float] = {}
-    for name, scale in SCALES.items():
-        figures |= coder(np.rint(rng.laplace(0, scale, (SIDE, SIDE))).astype(np.int32), name)
+    threads = torch.get_num_threads()
+    for rate, scale in SCALES.items():
+        symbols = np.rint(rng.laplace(0, scale, (SIDE, SIDE))).astype(np.int32)
+        for kind in CODERS:
+            figures |= coder(symbols, rate, kind)
+        sizes = [figures[f"bits a weight, {kind}, {rate}"] for kind in ("adaptive", "static")]
+        figures[f"static over adaptive, {rate}, %"] = 100 * (sizes[1] / sizes[0] - 1)
+    torch.set_num_threads(threads)
+    figures |= nncodec()
     for side in (1024, 4096):
         figures[f"two-sided feedback pass, {side} x {side}, s"] = feedback(side, rng)
     command = [sys.executable, "-m", "transquant", "--help"]

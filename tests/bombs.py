@@ -16,6 +16,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,9 @@ def header(*tensors: dict[str, Any], table: list[list[Any]] | None = None, **mor
     return {"step": STEP, "tensors": list(tensors), "sections": rows if table is None else table, **more}
 
 
-def constant(value: int, count: int, rows: int = 1, lanes: int = 1, **entry: Any) -> bytes:
+def constant(value: int, count: int, rows: int = 1, lanes: int = 1, coder: Any = "s", **entry: Any) -> bytes:
     """A file of one matrix that is `value` everywhere: the fewest bytes a symbol."""
+    from transquant.entropy import streams
     from transquant.entropy.lanes import encode_planes
     from transquant.records import Plane
 
@@ -45,8 +47,17 @@ def constant(value: int, count: int, rows: int = 1, lanes: int = 1, **entry: Any
     if "g" in one:  # exponents a row and a column
         exponent = value if value > 1 else 0
         planes = [*(Plane(np.full((1, n), exponent, np.int32), 1) for n in symbols.shape), *planes]
-    data, _ = encode_planes(planes, lanes)
-    return made(header(one, table=[["s", 1, lanes, 0, 0]]), data)
+    count = streams.num_streams(coder, sum(p.symbols.size for p in planes))
+    parts = [
+        [
+            replace(p, symbols=p.symbols[r.start : r.stop])
+            for p in planes
+            for r in [streams.rows_of(k, count, len(p.symbols), p.kind)]
+        ]
+        for k in range(count)
+    ]
+    data = streams.join([encode_planes(part, lanes, coder)[0] for part in parts])
+    return made(header(one, table=[[coder, 1, lanes, 0, 0]]), data)
 
 
 FREE = (16 << 20) // 12  # float32 values that any file may ask for: 4 bytes and 8 of working memory each
@@ -120,6 +131,9 @@ ALLOWED: dict[str, tuple[Callable[[], bytes], int]] = {
     "16 MiB of sevens in bfloat16": (lambda: constant(7, FREE, 1024, 1024, t="bfloat16"), 112),
     "16 MiB of ones in float64": (lambda: constant(1, (16 << 20) // 16, 1024, 1024, t="float64"), 112),
     "16 MiB of small exponents": (lambda: constant(1, FREE, 1024, 1024, g="rc"), 112),
+    "16 MiB of zeros, adaptive tables": (lambda: constant(0, FREE, 1024, 1024, "m"), 112),
+    "16 MiB of sevens, adaptive tables": (lambda: constant(7, FREE, 1024, 256, "m"), 112),
+    "16 MiB of zeros, static tables": (lambda: constant(0, FREE, 1024, 64, "t"), 112),
     "64 MiB of exact zeros": (largest_exact, 256),
     "64 MiB of exact bfloat16": (lambda: largest_exact("bfloat16", 2), 256),
     "64 MiB of exact booleans": (lambda: largest_exact("bool", 1), 256),
@@ -132,6 +146,8 @@ ALLOWED: dict[str, tuple[Callable[[], bytes], int]] = {
 LONGEST: dict[str, tuple[Callable[[], bytes], int]] = {
     "16 MiB of zeros, one lane": (lambda: constant(0, FREE), 112),
     "16 MiB of sevens, one lane": (lambda: constant(7, FREE), 112),
+    "16 MiB of zeros, adaptive tables, one lane": (lambda: constant(0, FREE, coder="m"), 112),
+    "16 MiB of zeros, static tables, one lane": (lambda: constant(0, FREE, coder="t"), 112),
     "16 MiB of empty lists": (lambda: wide(TENSORS, b"[],", b"0]}"), 512),
     "16 MiB of numbers": (lambda: wide(TENSORS, b"9999,", b"0]}"), 512),
     "16 MiB of long numbers": (lambda: wide(TENSORS, b"9" * 4200 + b",", b"0]}"), 512),
@@ -190,7 +206,8 @@ def main() -> None:
         def read(path: str) -> Any:
             return tq.load(path).state_dict()
 
-    read(str(Path(__file__).parent / "golden" / "version1.tq"))  # imports and compiles
+    for name in ("version1", "version1_tokens", "version1_static"):
+        read(str(Path(__file__).parent / "golden" / f"{name}.tq"))  # imports and compiles
     for job in jobs:
         path, _, megabytes = job.rpartition(":")
         sys.stdout.flush()

@@ -6,6 +6,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,12 @@ LIMITS = Limits(max_decoded_bytes=1 << 20, max_expansion=1, free_expansion_bytes
 QUICK = 200  # values up to which the numpy reader, at a tenth of a millisecond each, is asked too
 
 
-def tiny() -> bytes:
+def sections(decode: Any) -> Any:
+    """A decoder of sections from one of streams."""
+    return lambda groups: [[decode(*job) for job in group] for group in groups]
+
+
+def tiny(coder: Any = "s") -> bytes:
     """Every kind of entry and transform in a few values, which the numpy reader has soon."""
     tensors = [
         {"n": "w", "s": [2, 2, 1, 2], "q": 3, "g": "rc", "d": [3, -3]}, {"n": "v", "s": [3], "q": 0, "t": "float16"},
@@ -35,8 +41,8 @@ def tiny() -> bytes:
         {"n": "p", "s": [2, 2], "q": 0, "z": "f", "x": "e", "y": "j"}, {"n": "i", "s": [2, 3], "q": 0, "z": "f", "y": "c"},
         {"k": "r", "n": "r", "s": [3], "t": "bool"}, {"k": "a", "n": "a", "o": "w"}, {"k": "a", "n": "c", "o": "a"},
     ]  # fmt: skip
-    sections = [["s", 7, 2, 0, 0], ["p", 2, 0, 0, 0], ["r", 1, 0, 0, 0]]
-    header = {"step": [2048, -5], "tensors": tensors, "sections": sections}
+    table = [[coder, 7, 2, 0, 0], ["p", 2, 0, 0, 0], ["r", 1, 0, 0, 0]]
+    header = {"step": [2048, -5], "tensors": tensors, "sections": table}
     # depths of the basis' columns, (depth, step index) of the bands, codes
     packed = bytes([3, 2]) + struct.pack("<BhBh", 2, 5, 1, -5) + b"\x96\x5a"
     packed += struct.pack("<BhBhBh", 2, 0, 0, 9, 3, 1) + b"\x6d\x40"
@@ -44,11 +50,12 @@ def tiny() -> bytes:
     shapes = [s for e in empty.entries if isinstance(e, CodedEntry | BatchNormEntry) and not is_packed(e) for s in plane_shapes(e)]
     rng = np.random.default_rng(0)
     planes = [bitstream.Plane(rng.integers(-9, 10, s[:2]).astype(np.int32), *s[2:]) for s in shapes]
-    return made(header, lanes.encode_planes(planes, 2)[0], packed, deflate(b"\1\0\1"))
+    return made(header, lanes.encode_planes(planes, 2, coder)[0], packed, deflate(b"\1\0\1"))
 
 
 SOURCES: list[Parts] = [
-    split(f) for f in (tiny(), constant(1, 20, 5), *(p.read_bytes() for p in sorted((HERE / "golden").glob("*.tq"))))
+    split(f)
+    for f in (tiny(), tiny("m"), tiny("t"), constant(1, 20, 5), *(p.read_bytes() for p in sorted((HERE / "golden").glob("*.tq"))))
 ]
 
 
@@ -90,9 +97,9 @@ def consume(data: bytes, repair: bool = True) -> None:
     shapes = [s for e in container.entries if isinstance(e, CodedEntry | BatchNormEntry) for s in plane_shapes(e)]
     quick = sum(rows * columns for rows, columns, *_ in shapes) <= QUICK
     results = []
-    for decode in (lambda d, s, n: lanes.decode_planes(d, s, n)[0], portable.decode_planes)[: 1 + quick]:
+    for decode in (lambda *job: lanes.decode_planes(*job)[0], portable.decode_planes)[: 1 + quick]:
         try:
-            arrays = bitstream.values(container, bitstream.decode(container, decode))
+            arrays = bitstream.values(container, bitstream.decode(container, sections(decode)))
             results.append({k: (v.shape, str(v.dtype), v.tobytes()) for k, v in arrays.items()})
         except FileError as error:
             results.append({"error": type(error).__name__})

@@ -194,12 +194,14 @@ def _alias(rng: Rng, value: dict[str, Any], others: Sequence[Parts]) -> None:
 
 
 def _table(rng: Rng, value: dict[str, Any], others: Sequence[Parts]) -> None:
-    """The section table: counts moved, lengths moved so that sections overlap or leave holes, lanes and checksums wrong."""
+    """The section table: counts moved, lengths moved so that sections overlap or leave holes, lanes, kinds and checksums wrong."""
     rows = value["sections"]
     one, two = pick(rng, rows), pick(rng, rows)
     column, by = int(rng.integers(1, len(one))), int(rng.integers(-3, 4))
-    kind = int(rng.integers(4))
-    if kind == 0:
+    kind = int(rng.integers(5))
+    if kind == 4:
+        one[0] = pick(rng, ["s", "m", "t", "p", "r"])
+    elif kind == 0:
         one[column] += by
         two[column] -= by
     elif kind == 1:

@@ -110,6 +110,24 @@ def test_auto_packs_layers_where_no_basis_pays():
     assert tq.reader.loads(compressed.data)["0.weight"].shape == (3, 2, 3, 3)
 
 
+def test_both_coders_write_the_same_weights(small_files):
+    adaptive, static = small_files["adaptive"], small_files["static"]
+    assert [s.kind for s in read_container(adaptive.data).sections if s.lanes] == ["m"]
+    assert [s.kind for s in read_container(static.data).sections if s.lanes] == ["t"]
+    one, two = tq.reader.loads(adaptive.data), tq.reader.loads(static.data)
+    assert {k: v.tobytes() for k, v in one.items()} == {k: v.tobytes() for k, v in two.items()}
+    assert {k: v.numpy().tobytes() for k, v in static.state_dict().items()} == {k: v.tobytes() for k, v in two.items()}
+    assert 0.99 < len(static.data) / len(adaptive.data) < 1.04
+
+
+@pytest.fixture(scope="module")
+def small_files():
+    """By coder: the same weights at the same step, no calibration."""
+    torch.manual_seed(0)
+    small = nn.Sequential(nn.Conv2d(16, 40, 3), nn.Linear(100, 90)).eval()
+    return {coder: tq.compress(small, step=0.001, coder=coder) for coder in ("adaptive", "static")}
+
+
 @pytest.mark.parametrize("coding", ["entropy", "fixed"])
 def test_same_file_again_and_with_other_threads(smooth, pictures, coding):
     files = []

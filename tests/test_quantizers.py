@@ -280,7 +280,7 @@ def test_bits_are_traded_for_distortion(rng):
     outcomes = []
     for bit in (0.0, 0.05, 0.2):
         symbols, error = trellis_pass(weight, 3, 1.0, bit=bit)
-        bits = lanes.encode_planes([Plane(symbols, 0, 1, 1, 3)], 1)[1][0]
+        bits = lanes.encode_planes([Plane(symbols, 0, 1, 1, 3)], 1, "m")[1][0]
         outcomes.append((bits, (error**2).sum()))
     assert outcomes[0][0] > outcomes[1][0] > outcomes[2][0]
     assert outcomes[0][1] < outcomes[1][1] < outcomes[2][1]
@@ -295,6 +295,6 @@ def test_a_trellis_beats_the_scalar_quantizer_in_bytes(rng):
         (*quantize_feedback(weight, step, None, None, Rounding(0.55, (-3, -3))), 0),
         (*trellis_pass(weight, 3, 0.85, bit=0.25 * np.log(2) / 6 * 0.85**2), 3),
     ):
-        rate = lanes.encode_planes([Plane(symbols, 0, 1, 1, bits)], 1)[1][0] / weight.size
+        rate = lanes.encode_planes([Plane(symbols, 0, 1, 1, bits)], 1, "m")[1][0] / weight.size
         losses.append(rate - 0.5 * np.log2(1 / (error**2).mean()))
     assert losses[1] < 0.45 * losses[0]

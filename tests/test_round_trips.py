@@ -8,6 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fuzz_target import sections
 from transquant import bitstream
 from transquant.container import pack_raw, read_container, unpack_raw, write_container
 from transquant.container.dtypes import CODED_DTYPES, DTYPES
@@ -21,6 +22,7 @@ ALPHABETS = st.sampled_from(
     [[0], [1], [-1], [0, 1], [-7, 7], list(range(-20, 21)), [17, 18, 19], [tables.MAX_SYMBOL], [-tables.MAX_SYMBOL, tables.MAX_SYMBOL],
      [0, tables.MAX_SYMBOL], [0, 0, 0, 0, 0, 0, 0, -(1 << 19)]]
 )  # fmt: skip
+CODERS = st.sampled_from(["s", "m", "t"])
 SEEDS = st.integers(0, 2**32 - 1)
 
 
@@ -53,12 +55,12 @@ def entries(draw):
 
 
 def decoders():
-    return lambda d, s, n: lanes.decode_planes(d, s, n)[0], portable.decode_planes
+    return lambda *job: lanes.decode_planes(*job)[0], portable.decode_planes
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(entries(), min_size=1, max_size=4, unique_by=lambda e: e[0].name))
-def test_whole_files(given_entries):
+@given(st.lists(entries(), min_size=1, max_size=4, unique_by=lambda e: e[0].name), CODERS)
+def test_whole_files(given_entries, coder):
     all_entries = [e for e, _ in given_entries]
     tensors = {e.name: h for e, h in given_entries if not isinstance(e, RawEntry)}
     raw = {e.name: h for e, h in given_entries if isinstance(e, RawEntry)}
@@ -66,13 +68,18 @@ def test_whole_files(given_entries):
     target = first.key("bias") if isinstance(first, BatchNormEntry) else first.name
     aliases = [AliasEntry("one", target), AliasEntry("two", "one")]
     file = bitstream.encode(
-        (2048, -60), [*all_entries, *aliases], tensors, raw, lambda jobs: [lanes.encode_planes(planes, n) for planes, n in jobs]
+        (2048, -60),
+        [*all_entries, *aliases],
+        tensors,
+        raw,
+        lambda jobs: [lanes.encode_planes(*job) for job in jobs],
+        coder,
     )
     container = read_container(file.data)
     assert list(container.entries) == [*all_entries, *aliases]
     results = []
     for decode in decoders():
-        decoded = bitstream.decode(container, decode)
+        decoded = bitstream.decode(container, sections(decode))
         for name, held in tensors.items():
             fields = ("scale", "shift") if isinstance(held, CodedBatchNorm) else ("symbols", "row_exponents", "column_exponents")
             for field in fields:
@@ -101,8 +108,9 @@ def test_whole_files(given_entries):
 @given(
     st.lists(st.tuples(st.integers(0, 40), st.integers(0, 12), st.integers(0, 2), ALPHABETS, SEEDS), max_size=4),
     st.sampled_from([1, 2, 32, 64, 1024]),
+    CODERS,
 )
-def test_planes_of_any_alphabet_in_any_lanes(given_planes, num_lanes):
+def test_planes_of_any_alphabet_in_any_lanes(given_planes, num_lanes, coder):
     planes = []
     for rows, columns, kind, alphabet, seed in given_planes:
         planes.append(
@@ -114,10 +122,10 @@ def test_planes_of_any_alphabet_in_any_lanes(given_planes, num_lanes):
                 seed % 5 and seed % 5 + 2,
             )
         )
-    data, _ = lanes.encode_planes(planes, num_lanes)
+    data, _ = lanes.encode_planes(planes, num_lanes, coder)
     for decode in decoders():
         for plane, found in zip(
-            planes, decode(data, [(*p.symbols.shape, p.kind, 1, 1, p.state_bits) for p in planes], num_lanes), strict=True
+            planes, decode(data, [(*p.symbols.shape, p.kind, 1, 1, p.state_bits) for p in planes], num_lanes, coder), strict=True
         ):
             np.testing.assert_array_equal(plane.symbols, found)
 

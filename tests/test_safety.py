@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from fuzz_target import sections
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "transquant"
 GOLDEN = sorted((ROOT / "tests" / "golden").glob("*.tq"))
@@ -148,6 +150,7 @@ import hashlib, sys
 sys.path.insert(0, {tests!r})
 import torch
 import transquant as tq
+from fuzz_target import sections
 from conftest import make_net
 torch.set_num_threads({threads})
 images = torch.randn(40, 3, 12, 12, generator=torch.Generator().manual_seed(1))
@@ -174,15 +177,15 @@ def test_integers_of_golden_files(path):
 
     container = read_container(path.read_bytes())
     digests = []
-    for decode in (lambda d, s, n: lanes.decode_planes(d, s, n)[0], portable.decode_planes):
+    for decode in (lambda *job: lanes.decode_planes(*job)[0], portable.decode_planes):
         planes: list[bytes] = []
 
-        def keep(data, shapes, number, decode=decode, planes=planes):
-            found = decode(data, shapes, number)
+        def keep(*job, decode=decode, planes=planes):
+            found = decode(*job)
             planes.extend(p.astype("<i4").tobytes() for p in found)
             return found
 
-        bitstream.decode(container, keep)
+        bitstream.decode(container, sections(keep))
         digests.append(hashlib.sha256(b"".join(planes)).hexdigest())
     assert digests[0] == digests[1]
     if path.name in INTEGERS:

@@ -125,6 +125,7 @@ def test_unreachable_targets_say_what_is_reachable(small, samples):
         ({"bits": 2, "axis": "rows"}, "axis is 'rows'"),
         ({"bits": 2, "transform": "dct", "axis": "input"}, "axis is 'input', allowed is 'kernel'"),
         ({"bits": 2, "coding": "huffman"}, "coding is 'huffman'"),
+        ({"bits": 2, "coder": "fast"}, "coder is 'fast', allowed are 'adaptive', 'static'"),
         ({"bits": 2, "feedback": "yes"}, "feedback is 'yes'"),
         ({"bits": 2, "verify": True}, "verify needs calibration"),
         ({"bits": 2, "objective": "time"}, "objective is 'time'"),

@@ -2,8 +2,9 @@
 
     python tools/make_golden.py
 
-`version1` is what 0.1 wrote, `version1_transforms`, `version1_fixed` and `version1_trellis` what 0.2 added. Once released they
-stay as they are for ever: files that exist are left alone.
+`version1` is what 0.1 wrote, `version1_transforms`, `version1_fixed` and `version1_trellis` what 0.2 added, with binary decisions
+alone; `version1_tokens` and `version1_static` have weights as tokens. Once released they stay as they are for ever: files that
+exist are left alone.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import transquant as tq
 from transquant import codec, modules
 from transquant.choices import Choice, LayerTransform, Method
 from transquant.encoder import Encoder, Source
+from transquant.records import Coder
 from transquant.stats import collect
 from transquant.trellis_code import TRELLIS_CODES
 from transquant.workers import workers
@@ -96,7 +98,7 @@ def transformed(coding: str) -> bytes:
         return encoder.encode(encoder.draft(2.0**-13, Choice())).data
 
 
-def trellis() -> bytes:
+def trellis(coder: Coder) -> bytes:
     """A trellis of each number of states, and none, with every transform."""
     torch.manual_seed(0)
     model, images = Transformed().eval(), torch.randn(64, 3, 12, 12)
@@ -110,14 +112,16 @@ def trellis() -> bytes:
         coded = dict(drafts[0].coded) | {name: d.coded[name] for name, d in zip(weights, drafts, strict=True)}
         entries = tuple(coded[e.name].entry if e.name in coded else e for e in drafts[0].entries)
         mixed = replace(drafts[0], entries=entries, coded=coded)
-        return Encoder(plan, source, stats, pool).encode(mixed).data
+        return Encoder(plan, source, stats, pool, Method(coder=coder)).encode(mixed).data
 
 
 FILES = {
     "version1": everything,
     "version1_transforms": lambda: transformed("entropy"),
     "version1_fixed": lambda: transformed("fixed"),
-    "version1_trellis": trellis,
+    "version1_trellis": lambda: trellis("s"),
+    "version1_tokens": lambda: trellis("m"),
+    "version1_static": lambda: trellis("t"),
 }
 
 

@@ -1,16 +1,16 @@
 """Records to a file and back: planes, sections, container. Decode mirrors encode.
 
-    encode:  coded tensors, raw bytes ─ planes_of ─ entropy.encode_planes ─ Section ─ write_container ─ file
-    decode:  file ─ read_container ─ Section ─ decode_planes ─ coded tensors ─ dequantize ─ arrays
+    encode:  coded tensors, raw bytes ─ planes_of ─ streams ─ entropy.encode_planes ─ Section ─ write_container ─ file
+    decode:  file ─ read_container ─ Section ─ streams ─ decode_planes ─ coded tensors ─ dequantize ─ arrays
 
-`encode` is the one way into a file, for `compress` and for any caller that has symbols ready. Decoding takes the plane
-decoder as an argument, so the numpy reader and the compiled one share everything else.
+`encode` is the one way into a file, for `compress` and for any caller that has symbols ready. Decoding takes the decoder of
+sections as an argument, so the numpy reader and the compiled one share everything else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from transquant import packing
 from transquant.container import pack_raw, unpack_raw, write_container
 from transquant.container.dtypes import DTYPES
-from transquant.entropy import lanes_for
+from transquant.entropy import lanes_for, streams
 from transquant.errors import CorruptFile
 from transquant.grid import MAX_EXPONENT, dequantize, total_index
 from transquant.records import (
@@ -30,6 +30,7 @@ from transquant.records import (
     CodedBatchNorm,
     CodedEntry,
     CodedTensor,
+    Coder,
     Container,
     Entry,
     IntArray,
@@ -45,9 +46,10 @@ from transquant.trellis_code import odd_states
 SECTION_VALUES = 1 << 20  # a symbol section is closed once it has this many values
 
 PlaneShape = tuple[int, int, int, int, int, int]  # rows, columns, kind, width, taps, state bits
-PlaneDecoder = Callable[[bytes, Sequence[PlaneShape], int], list[IntArray]]
-Job = tuple[Sequence[Plane], int]  # planes of a section, number of lanes
-SectionEncoder = Callable[[Sequence[Job]], list[tuple[bytes, list[float]]]]
+StreamJob = tuple[bytes, Sequence[PlaneShape], int, Coder]  # of a stream: its bytes, its part of each plane, lanes, section kind
+SectionDecoder = Callable[[Sequence[Sequence[StreamJob]]], list[list[list[IntArray]]]]  # by section, stream and plane
+Job = tuple[Sequence[Plane], int, Coder]  # of a stream: its part of each plane, number of lanes, section kind
+StreamEncoder = Callable[[Sequence[Job]], list[tuple[bytes, list[float]]]]
 
 WEIGHTS, SIDE, VECTORS, BASIS = 0, 1, 2, 3
 
@@ -68,20 +70,24 @@ def encode(
     entries: Sequence[Entry],
     coded: Mapping[str, Coded],
     raw: Mapping[str, bytes],
-    encode_sections: SectionEncoder,
+    encode_streams: StreamEncoder,
+    coder: Coder,
     metadata: Mapping[str, str] | None = None,
 ) -> EncodedFile:
     """Write a file: entries in state-dict order, the symbols of coded and BatchNorm entries by name, raw bytes by name.
 
-    `encode_sections` gives bytes and the planes' information contents of each job; sections are independent."""
+    `encode_streams` gives bytes and the planes' information contents of each job; streams are independent. `coder` is the kind of
+    the symbol sections."""
     sections: list[Section] = []
     tensor_bits: dict[str, TensorBits] = {}
     groups = _sections([e for e in entries if isinstance(e, CodedEntry | BatchNormEntry) and not is_packed(e)])
     planes = [[plane for entry in group for plane in planes_of(coded[entry.name])] for group in groups]
-    jobs = [(of_group, _lanes(of_group)) for of_group in planes]
-    for group, (_, lanes), (data, bits) in zip(groups, jobs, encode_sections(jobs), strict=True):
-        sections.append(Section("s", len(group), lanes, data))
-        tensor_bits |= split_bits(group, bits)
+    jobs = [_jobs(of_group, coder) for of_group in planes]
+    done = iter(encode_streams([job for of_group in jobs for job in of_group]))
+    for group, of_group in zip(groups, jobs, strict=True):
+        parts = [next(done) for _ in of_group]
+        sections.append(Section(coder, len(group), of_group[0][1], streams.join([data for data, _ in parts])))
+        tensor_bits |= split_bits(group, [sum(each) for each in zip(*(bits for _, bits in parts), strict=True)])
     packed = [t for t in (coded[e.name] for e in entries if is_packed(e)) if isinstance(t, CodedTensor)]
     if packed:
         sections.append(Section("p", len(packed), 0, packing.pack(packed)))
@@ -95,19 +101,21 @@ def encode(
     return EncodedFile(write_container(container), tensor_bits, section_bytes, len(exact))
 
 
-def decode(container: Container, decode_planes: PlaneDecoder) -> dict[str, Coded]:
+def decode(container: Container, decode_sections: SectionDecoder) -> dict[str, Coded]:
     """Symbols of all coded and BatchNorm entries, by name. Raises CorruptFile."""
     entries = iter(e for e in container.entries if isinstance(e, CodedEntry | BatchNormEntry) and not is_packed(e))
     packed = iter([e for e in container.entries if isinstance(e, CodedEntry) and is_packed(e)])
     coded: dict[str, Coded] = {}
+    groups, jobs = [], []
     for section in container.sections:
         if section.kind == "p":
             coded |= packing.unpack(section.data, [next(packed) for _ in range(section.count)])
-        if section.kind != "s":
-            continue
-        group = [next(entries) for _ in range(section.count)]
-        shapes = [shape for entry in group for shape in plane_shapes(entry)]
-        planes = iter(decode_planes(section.data, shapes, section.lanes))
+        elif section.kind != "r":
+            groups.append([next(entries) for _ in range(section.count)])
+            shapes = [shape for entry in groups[-1] for shape in plane_shapes(entry)]
+            jobs.append(_stream_jobs(section.data, shapes, section.lanes, section.kind))
+    for group, parts in zip(groups, decode_sections(jobs), strict=True):
+        planes = iter(each[0] if len(each) == 1 else np.concatenate(each) for each in zip(*parts, strict=True))
         for entry in group:
             coded[entry.name] = _coded(entry, [next(planes) for _ in plane_shapes(entry)])
     return coded
@@ -221,10 +229,28 @@ def _sections(entries: Sequence[CodedEntry | BatchNormEntry]) -> list[list[Coded
     return [list(entries[a:b]) for a, b in pairwise(cuts)]
 
 
-def _lanes(planes: Sequence[Plane]) -> int:
+def _jobs(planes: Sequence[Plane], coder: Coder) -> list[Job]:
+    """The streams of a section that is to be encoded."""
+    count = streams.num_streams(coder, sum(p.symbols.size for p in planes))
     largest = max(planes, key=lambda p: p.symbols.size).symbols
     magnitude = float(np.abs(largest).mean()) if largest.size else 0.0
-    return lanes_for(sum(p.symbols.size for p in planes), largest.size, len(largest), magnitude)
+    lanes = lanes_for(sum(p.symbols.size for p in planes), largest.size, len(largest) // count, magnitude)
+    return [([_part(p, stream, count) for p in planes], lanes, coder) for stream in range(count)]
+
+
+def _part(plane: Plane, stream: int, count: int) -> Plane:
+    rows = streams.rows_of(stream, count, len(plane.symbols), plane.kind)
+    return replace(plane, symbols=plane.symbols[rows.start : rows.stop])
+
+
+def _stream_jobs(data: bytes, shapes: Sequence[PlaneShape], lanes: int, coder: Coder) -> list[StreamJob]:
+    """The streams of a section that is to be decoded. Raises CorruptFile."""
+    count = streams.num_streams(coder, sum(rows * columns for rows, columns, *_ in shapes))
+    jobs: list[StreamJob] = []
+    for stream, piece in enumerate(streams.cut(data, count)):
+        parts = [(len(streams.rows_of(stream, count, s[0], s[2])), *s[1:]) for s in shapes]
+        jobs.append((piece, parts, lanes, coder))
+    return jobs
 
 
 def _batchnorm_values(norm: CodedBatchNorm, step: tuple[int, int]) -> dict[str, NDArray[np.generic]]:

@@ -8,10 +8,12 @@ from typing import Literal
 from transquant.allocation.steps import Grouping
 from transquant.quantizers.feedback import Rounding
 from transquant.quantizers.metric import Damping
+from transquant.records import Coder
 
 Kind = Literal["i", "d", "k", "e"]
 Axis = Literal["", "r", "c", "k", "j"]
 KINDS: dict[str, Kind] = {"identity": "i", "dct": "d", "klt": "k", "elt": "e"}
+CODERS: dict[str, Coder] = {"adaptive": "m", "static": "t"}
 KIND_NAMES = {kind: name for name, kind in KINDS.items()}
 
 
@@ -19,13 +21,14 @@ KIND_NAMES = {kind: name for name, kind in KINDS.items()}
 class Method:
     """What the caller forces. `transform`: "auto", "identity", "dct", "klt", "elt"; `axis`: "input", "output", "kernel",
     "joint" or None; `coding`: "entropy" or "fixed"; `feedback`: closed loop or open; `state_bits`: log2 of the number of
-    states of the trellis of entropy-coded weights, 0 for a scalar quantizer."""
+    states of the trellis of entropy-coded weights, 0 for a scalar quantizer; `coder`: the kind of symbol sections."""
 
     transform: str = "auto"
     axis: str | None = None
     coding: str = "entropy"
     feedback: bool = True
     state_bits: int = 0
+    coder: Coder = "m"
 
 
 @dataclass(frozen=True, slots=True)

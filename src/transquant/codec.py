@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from transquant import bitstream, modules, packing
 from transquant.accounting import file_report, report_of
-from transquant.choices import KINDS, Choice, LayerTransform, Method
+from transquant.choices import CODERS, KINDS, Choice, LayerTransform, Method
 from transquant.container import read_container, read_file, write_file
 from transquant.encoder import Encoder, Source
 from transquant.entropy.lanes import decode_planes
@@ -39,7 +39,7 @@ from transquant.transform_choice import ChosenTransform
 from transquant.verification import verify as verify_groups
 from transquant.weights import CodedWeight
 from transquant.work import WorkFolder
-from transquant.workers import Workers, workers
+from transquant.workers import Workers, spread, workers
 
 _log = logging.getLogger("transquant")
 
@@ -51,6 +51,7 @@ MORE_STATE_BITS = {6: 4, 7: 5, 8: 5, 9: 6}  # by effort
 KEPT = (  # what a work folder may hold
     Statistics, LayerStats, CodedWeight, CodedTensor, CodedEntry, BandCodes, ChosenTransform, LayerTransform,
 )  # fmt: skip
+WORTH_THREADS = 1 << 17  # bytes of symbol sections that are decoded in threads
 HELD_BACK = 512  # samples, at most, and at most one in five
 
 
@@ -100,6 +101,7 @@ def compress(
     transform: str = "auto",
     axis: str | None = None,
     coding: str = "entropy",
+    coder: str = "adaptive",
     feedback: bool = True,
     trellis: bool = True,
     objective: str = "bytes",
@@ -121,14 +123,14 @@ def compress(
     metric), `step` (the scalar c; no search), or `max_drop=(evaluate, points)`, where `evaluate(model) -> float`, higher is better.
     `metric`: "kl", "mse", "weights" or "auto". `transform`: "auto" takes for each layer what costs least, its basis included;
     "identity", "dct", "klt", "elt" force one wherever it fits, over `axis` "kernel", "input", "output" or "joint" (None: the
-    best of them). `coding`: "entropy", or "fixed" for bit depths a group of bands, packed (Young et al.). `feedback`: closed
-    loop, or plain rounding of each coefficient. `trellis`: entropy-coded weights in the closed loop go along the best path
-    of a trellis, or else each is rounded with a dead zone. `overrides`: {name pattern: "exact"} stores matching tensors
-    exactly. `effort` 1 or 2: nothing is tuned on held-back samples; 3 to 9: all is. From 5 on layers are quantized in execution
-    order at last, each making up for the errors of those before (below 7 on at most 512 samples, and not in very large networks);
-    from 6 on trellises have 16, 32, 32 and 64 states instead of 8 (64 take three times as long). `forward(model, batch)` and
-    `output(result)` override how a batch is run and what counts. `verify`: measure the closed-form distortion group by group, for
-    the report.
+    best of them). `coding`: "entropy", or "fixed" for bit depths a group of bands, packed (Young et al.). `coder`: "adaptive", or
+    "static" for tables that do not learn: files one to four per cent larger, and faster to decode. `feedback`: closed loop, or
+    plain rounding of each coefficient. `trellis`: entropy-coded weights in the closed loop go along the best path of a trellis, or
+    else each is rounded with a dead zone. `overrides`: {name pattern: "exact"} stores matching tensors exactly. `effort` 1 or 2:
+    nothing is tuned on held-back samples; 3 to 9: all is. From 5 on layers are quantized in execution order at last, each making
+    up for the errors of those before (below 7 on at most 512 samples, and not in very large networks); from 6 on trellises have
+    16, 32, 32 and 64 states instead of 8 (64 take three times as long). `forward(model, batch)` and `output(result)` override how
+    a batch is run and what counts. `verify`: measure the closed-form distortion group by group, for the report.
     `work`: a folder for finished parts (`work.WorkFolder`), from which the same call goes on after it was killed; made if
     there is none, and then deleted at the end. `progress(stage, done, total)` is called as work goes on.
 
@@ -140,7 +142,7 @@ def compress(
     file, whatever the number of threads and processes. Raises InputError, TargetError.
     """
     _check_options(metric, objective, effort, seed)
-    method = _method(transform, axis, coding, feedback, trellis, effort)
+    method = _method(transform, axis, coding, coder, feedback, trellis, effort)
     say = progress or (lambda stage, done, total: None)
     given = {"bits": bits, "size": size, "ratio": ratio, "distortion": distortion, "step": step, "max_drop": max_drop}
     module, state, plan = _open(model, overrides)
@@ -202,10 +204,13 @@ def _decode(container: Container) -> tuple[dict[str, Coded], list[float]]:
     """Symbols of all coded entries, and the information content of all planes in file order."""
     bits: list[float] = []
 
-    def decoder(data: bytes, shapes: Sequence[bitstream.PlaneShape], lanes: int) -> list[IntArray]:
-        planes, own = decode_planes(data, shapes, lanes)
-        bits.extend(own)
-        return planes
+    def decoder(sections: Sequence[Sequence[bitstream.StreamJob]]) -> list[list[list[IntArray]]]:
+        jobs = [job for section in sections for job in section]
+        done = iter(spread(lambda job: decode_planes(*job), jobs, sum(len(job[0]) for job in jobs) >= WORTH_THREADS))
+        parts = [[next(done) for _ in section] for section in sections]
+        for section in parts:
+            bits.extend(sum(each) for each in zip(*(own for _, own in section), strict=True))
+        return [[planes for planes, _ in section] for section in parts]
 
     return bitstream.decode(container, decoder), bits
 
@@ -229,11 +234,12 @@ def _verified(search: TargetSearch, reference: Reference | None, c: float, choic
     return verify_groups(search.encoder, reference, c, choice, lambda done, total: say("verification", done, total))
 
 
-def _method(transform: str, axis: str | None, coding: str, feedback: bool, trellis: bool, effort: int) -> Method:
+def _method(transform: str, axis: str | None, coding: str, coder: str, feedback: bool, trellis: bool, effort: int) -> Method:
     for name, value, allowed in (
         ("transform", transform, ("auto", *KINDS)),
         ("axis", axis, (None, "input", "output", "kernel", "joint")),
         ("coding", coding, ("entropy", "fixed")),
+        ("coder", coder, tuple(CODERS)),
         ("feedback", feedback, (True, False)),
         ("trellis", trellis, (True, False)),
     ):
@@ -242,7 +248,7 @@ def _method(transform: str, axis: str | None, coding: str, feedback: bool, trell
     if transform == "dct" and axis not in (None, "kernel"):
         raise InputError(f"axis is {axis!r}, allowed is 'kernel' with transform 'dct'")
     state_bits = MORE_STATE_BITS.get(effort, STATE_BITS) if trellis and feedback and coding == "entropy" else 0
-    return Method(transform, axis, coding, feedback, state_bits)
+    return Method(transform, axis, coding, feedback, state_bits, CODERS[coder])
 
 
 def _check_options(metric: str, objective: str, effort: int, seed: int) -> None:

@@ -207,10 +207,10 @@ class Encoder:
         """The file of a draft, with what `inspect` tells of its distortion in the metadata."""
         metadata = write_distortions(self.stats.metric, draft.distortions)
 
-        def encode_sections(jobs: Sequence[Job]) -> list[tuple[bytes, list[float]]]:
+        def encode_streams(jobs: Sequence[Job]) -> list[tuple[bytes, list[float]]]:
             return self.pool.map(lambda job: encode_planes(*job), jobs, "section", lambda job: job)
 
-        return encode(draft.step, draft.entries, draft.coded, self.source.raw, encode_sections, metadata)
+        return encode(draft.step, draft.entries, draft.coded, self.source.raw, encode_streams, self.method.coder, metadata)
 
     def first_guess(self, target_bytes: float) -> float:
         """A scalar c whose file has about that size."""

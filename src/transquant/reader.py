@@ -23,4 +23,4 @@ def load(path: str | PathLike[str], limits: Limits | None = None) -> dict[str, N
 def loads(data: bytes, limits: Limits | None = None) -> dict[str, NDArray[np.generic]]:
     """Like `load`, from the bytes of a file."""
     container = read_container(data, limits)
-    return values(container, decode(container, decode_planes))
+    return values(container, decode(container, lambda sections: [[decode_planes(*job) for job in s] for s in sections]))

@@ -135,7 +135,7 @@ def is_packed(entry: Entry) -> bool:
 class Section:
     """One row of the header's section table and, once read or encoded, its bytes."""
 
-    kind: Literal["s", "p", "r"]
+    kind: Literal["s", "m", "t", "p", "r"]
     count: int
     lanes: int
     data: bytes
@@ -161,6 +161,9 @@ class Limits:
 
 
 # --------------------------------------------------------------------------------------- what the coder sees
+
+
+Coder = Literal["s", "m", "t"]  # kinds of symbol sections: binary decisions; tokens with adaptive or with static tables
 
 
 @dataclass(frozen=True, slots=True)

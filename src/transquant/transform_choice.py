@@ -175,7 +175,7 @@ def count_bits(tensor: CodedTensor) -> float:
     if tensor.codes is not None:
         bits = packing.tensor_bits(tensor)
         return bits.payload + bits.side
-    return sum(encode_planes(planes_of(tensor), 1)[1])
+    return sum(encode_planes(planes_of(tensor), 1, "m")[1])
 
 
 def transforms_of(chosen: Mapping[str, ChosenTransform]) -> dict[str, LayerTransform]:

@@ -7,7 +7,7 @@ of torch.distributed, where it has been initialised; work that a work folder has
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
@@ -70,6 +70,15 @@ class Workers:
     def close(self) -> None:
         """Wait for what runs, drop what does not."""
         self._pool.shutdown(cancel_futures=True)
+
+
+def spread(task: Callable[[T], R], items: Sequence[T], large: bool) -> list[R]:
+    """Results of `task`, which needs no torch, over items, in order: by as many threads as torch has, if items are `large`."""
+    count = min(torch.get_num_threads(), len(items)) if large else 1
+    if count < 2:
+        return [task(item) for item in items]
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(task, items))
 
 
 @contextmanager

@@ -42,6 +42,7 @@ Transform = Annotated[str, typer.Option(help="auto, identity, dct, klt or elt.")
 Axis = Annotated[str | None, typer.Option(help="Of the transform: kernel, input, output or joint; the best one if not given.")]
 Coding = Annotated[str, typer.Option(help="entropy, or fixed: packed bit depths.")]
 Feedback = Annotated[bool, typer.Option("--feedback/--no-feedback", help="Closed loop, or plain rounding.")]
+Coder = Annotated[str, typer.Option(help="adaptive, or static: tables that do not learn, larger files that decode faster.")]
 Trellis = Annotated[bool, typer.Option("--trellis/--no-trellis", help="Best path of a trellis, or rounding with a dead zone.")]
 Effort = Annotated[
     int,
@@ -90,7 +91,7 @@ def compress(
     max_drop: Annotated[float | None, typer.Option(help="Target: points of top-1 accuracy lost on --data.")] = None,
     exact: Annotated[list[str] | None, typer.Option(help="Store tensors of this name (a glob pattern) exactly.")] = None,
     metric: Metric = "auto", transform: Transform = "auto", axis: Axis = None, coding: Coding = "entropy",
-    feedback: Feedback = True, trellis: Trellis = True, effort: Effort = 5, seed: Seed = 0,
+    coder: Coder = "adaptive", feedback: Feedback = True, trellis: Trellis = True, effort: Effort = 5, seed: Seed = 0,
     verify: Annotated[bool, typer.Option(help="Measure the distortion group by group and compare with the closed form.")] = False,
     work: Annotated[
         Path | None, typer.Option(help="Folder for finished parts: the same command goes on from them after it was killed.")
@@ -118,7 +119,7 @@ def compress(
     with progress_bar(quiet or as_json) as progress:
         compressed = run(
             net, samples.batches if samples else None, bits=bits, size=size, ratio=ratio, distortion=distortion,
-            step=step, max_drop=drop, metric=metric, transform=transform, axis=axis, coding=coding, feedback=feedback,
+            step=step, max_drop=drop, metric=metric, transform=transform, axis=axis, coding=coding, coder=coder, feedback=feedback,
             trellis=trellis, effort=effort, seed=seed, verify=verify, work=work,
             overrides=dict.fromkeys(exact or [], "exact"), progress=progress,
         )  # fmt: skip

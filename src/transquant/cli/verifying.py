@@ -24,7 +24,7 @@ def verify_file(path: Path, max_decoded_bytes: int | None, max_expansion: int | 
     data = read_file(path, limits)
     try:
         container = read_container(data, limits)
-        coded = bitstream.decode(container, lambda section, shapes, lanes: decode_planes(section, shapes, lanes)[0])
+        coded = bitstream.decode(container, lambda sections: [[decode_planes(*job)[0] for job in s] for s in sections])
         tensors = len(bitstream.values(container, coded))
     except FileError as error:
         error.args = (f"{path}: {error}",)  # one of several files

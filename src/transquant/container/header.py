@@ -25,7 +25,7 @@ MAX_ENTRIES = 100_000
 TRELLIS_BITS = 2, 6
 BATCHNORM_KEYS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
-SectionRow = tuple[Literal["s", "p", "r"], int, int, int, int]  # kind, count, lanes, length, crc32
+SectionRow = tuple[Literal["s", "m", "t", "p", "r"], int, int, int, int]  # kind, count, lanes, length, crc32
 
 
 def entry_to_json(entry: Entry) -> dict[str, Any]:
@@ -215,23 +215,24 @@ def _check_names(entries: tuple[Entry, ...]) -> None:
 
 def _section(value: Any) -> SectionRow:
     row = items(value, "a section", length=5)
-    kind = known(row[0], ("s", "p", "r"), "a section kind")
+    kind = known(row[0], ("s", "m", "t", "p", "r"), "a section kind")
     count = integer(row[1], 1, MAX_ENTRIES, "a section's count")
     lanes = integer(row[2], 0, 1024, "a section's lanes")
-    if (kind != "s" and lanes) or (kind == "s" and (lanes == 0 or lanes & (lanes - 1))):
+    symbols = kind in ("s", "m", "t")
+    if (not symbols and lanes) or (symbols and (lanes == 0 or lanes & (lanes - 1))):
         raise CorruptFile(f"a section of kind {kind!r} has {lanes} lanes, allowed are powers of two up to 1024, 0 without symbols")
     length = integer(row[3], 0, 2**62, "a section's length")
-    return cast(Literal["s", "p", "r"], kind), count, lanes, length, integer(row[4], 0, 2**32 - 1, "a section's checksum")
+    return cast(Literal["s", "m", "t", "p", "r"], kind), count, lanes, length, integer(row[4], 0, 2**32 - 1, "a section's checksum")
 
 
 def _check_sections(entries: tuple[Entry, ...], rows: list[SectionRow]) -> None:
-    kinds = [row[0] for row in rows]
+    kinds = ["s" if row[0] in ("m", "t") else row[0] for row in rows]
     if kinds != sorted(kinds, key="spr".index) or kinds.count("r") > 1:
         raise CorruptFile("the sections are not in the order of symbols, packed, raw, or two are raw")
     packed = sum(is_packed(e) for e in entries)
     coded = sum(isinstance(e, CodedEntry | BatchNormEntry) for e in entries) - packed
     raw = sum(isinstance(e, RawEntry) for e in entries)
     for kind, number in (("s", coded), ("p", packed), ("r", raw)):
-        counted = sum(row[1] for row in rows if row[0] == kind)
+        counted = sum(row[1] for of, row in zip(kinds, rows, strict=True) if of == kind)
         if counted != number:
             raise CorruptFile(f"sections of kind {kind!r} hold {counted} tensors, the header lists {number}")

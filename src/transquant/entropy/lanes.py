@@ -1,48 +1,58 @@
 """The compiled coder: one model function for both directions, so that decode mirrors encode by construction.
 
-Encoding runs the model forward and logs (lane, probability, bit) of every decision; rANS then codes the log from its
-end, because it is a stack. Decoding runs the same model function and takes the bits from the states instead.
+    planes ─ binary (side information, vectors, bases) or tokens (weights) ─ log ─ rANS ─ bytes, and back
+
+Encoding runs the models forward and logs every event; rANS then codes the log from its end, because it is a stack. Decoding runs
+the same functions and takes the events from the states instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numba as nb
 import numpy as np
 
 from transquant.entropy import tables
+from transquant.entropy.binary import code_decisions
+from transquant.entropy.rans import rans_encode
+from transquant.entropy.tokens import code_tokens
 from transquant.errors import CorruptFile
-from transquant.records import FloatArray, IntArray, Plane
+from transquant.records import Coder, IntArray, Plane
 from transquant.trellis_code import TRELLIS_CODES
 
-_R, _LEVEL, _BITS = tables.RECIPROCAL, tables.LEVEL_OF, tables.BITS_OF
-_P_MIN, _P_MAX, _LIMIT, _LOW = tables.P_MIN, tables.P_MAX, tables.COUNT_LIMIT, tables.STATE_LOW
-_UNARY, _GAMMA, _MAX, _HALF = tables.NUM_UNARY, tables.NUM_GAMMA, tables.MAX_SYMBOL, tables.P_HALF
-_ONE, _P_BITS = tables.P_ONE, tables.P_BITS
-_MAX_DECISIONS = _UNARY + _GAMMA + 64  # of one symbol
+
+class _Tokens:
+    """Tables of the tokens of planes with or without a trellis: adaptive counts, or laws that stay."""
+
+    def __init__(self, trellis: bool, adaptive: bool, decoding: bool) -> None:
+        self.counts = tables.first_token_counts(trellis)
+        self.fresh, self.progress = np.zeros(self.counts[0].size, np.uint32), np.zeros(2, np.int64)
+        begins = tables.adapted(self.counts) if adaptive else tables.law_tables(trellis)
+        self.lookup = tables.law_lookup(trellis) if decoding and not adaptive else np.zeros(1, np.uint8)
+        self.begins = begins.reshape(-1)
 
 
 class _Coder:
-    """State of one section while its planes pass through: contexts of the four classes, rANS states, the log."""
+    """State of one stream while its planes pass through: contexts, rANS states, the log."""
 
-    def __init__(self, lanes: int, data: bytes | None = None) -> None:
-        self.lanes = lanes
+    def __init__(self, lanes: int, coder: Coder, data: bytes | None = None) -> None:
+        self.lanes, self.coder = lanes, coder
         self.magnitude = np.stack([tables.first_magnitude_counts() for _ in range(tables.NUM_CLASSES)])
         self.paths, self.path_signs = tables.first_magnitude_counts(), tables.first_path_signs()  # of trellises
-        self.gamma = np.full((tables.NUM_CLASSES, _GAMMA, 2), 2, np.int64)
+        self.gamma = np.full((tables.NUM_CLASSES, tables.NUM_GAMMA, 2), 2, np.int64)
         self.start = np.full(tables.NUM_CLASSES, tables.FIRST_START, np.int64)
-        self.log = np.empty(1 << 16, np.uint32)
+        self.tokens: dict[bool, _Tokens] = {}  # by whether there is a trellis
         # cursor: log position, word position, error flag
         self.cursor = np.zeros(3, np.int64)
         self.decoding = data is not None
-        self.states, self.words = np.zeros(lanes, np.int64), np.zeros(0, np.int64)
+        self.log = np.empty(0 if self.decoding else 1 << 16, np.uint64)
+        self.states, self.words = np.zeros(lanes, np.uint32), np.zeros(tables.SPARE_WORDS, np.uint16)
         if data is not None:
             if len(data) < 4 * lanes or (len(data) - 4 * lanes) % 2:
                 raise CorruptFile(f"a symbol section of {len(data)} bytes is too short for its {lanes} lanes")
-            self.states = np.frombuffer(data, "<u4", lanes).astype(np.int64)
-            self.words = np.frombuffer(data, "<u2", offset=4 * lanes).astype(np.int64)
-            if lanes and self.states.min() < _LOW:
+            self.states = np.frombuffer(data, "<u4", lanes).astype(np.uint32)
+            self.words = np.concatenate([np.frombuffer(data, "<u2", offset=4 * lanes).astype(np.uint16), self.words])
+            if lanes and self.states.min() < tables.STATE_LOW:
                 raise CorruptFile("an initial state of a symbol section is out of range")
 
     def plane(self, symbols: IntArray, kind: int, width: int, taps: int, state_bits: int) -> float:
@@ -51,314 +61,48 @@ class _Coder:
         Returns its information content in bits."""
         if symbols.size == 0:
             return 0.0
-        signs = self.path_signs if state_bits else np.full((27, 2), 3, np.int64)
-        self.log, bits = _code_plane(
-            symbols, width, taps, self.lanes, tables.column_shift(self.lanes), self.decoding, *TRELLIS_CODES[state_bits],
-            self.paths if state_bits else self.magnitude[kind], self.gamma[kind], signs, self.start[kind : kind + 1],
-            self.states, self.words, self.log, self.cursor,
-        )  # fmt: skip
+        shape = symbols, width, taps, self.lanes, tables.column_shift(self.lanes), self.decoding
+        ends = self.start[kind : kind + 1], self.states, self.words, self.log, self.cursor
+        if kind == tables.WEIGHTS and self.coder != "s":
+            trellis, adaptive = state_bits > 0, self.coder == "m"
+            if trellis not in self.tokens:
+                self.tokens[trellis] = _Tokens(trellis, adaptive, self.decoding)
+            t = self.tokens[trellis]
+            self.log, bits = code_tokens(
+                *shape, adaptive, *TRELLIS_CODES[state_bits], t.counts, t.fresh, t.begins, t.lookup, t.progress, *ends
+            )
+        else:
+            magnitude = self.paths if state_bits else self.magnitude[kind]
+            signs = self.path_signs if state_bits else np.full((27, 2), 3, np.int64)
+            self.log, bits = code_decisions(*shape, *TRELLIS_CODES[state_bits], magnitude, self.gamma[kind], signs, *ends)
         if self.cursor[2]:
             raise CorruptFile("a symbol section ends early or holds a symbol that is too large")
         return float(bits)
 
 
-def encode_planes(planes: Sequence[Plane], lanes: int) -> tuple[bytes, list[float]]:
-    """Bytes of a symbol section, and each plane's information content in bits.
+def encode_planes(planes: Sequence[Plane], lanes: int, coder: Coder) -> tuple[bytes, list[float]]:
+    """Bytes of a stream of a symbol section, and each plane's information content in bits.
 
     Symbols may not exceed `tables.MAX_SYMBOL` in magnitude; callers check."""
-    coder = _Coder(lanes)
-    bits = [coder.plane(np.ascontiguousarray(p.symbols, np.int32), p.kind, p.width, p.taps, p.state_bits) for p in planes]
-    states, words = _rans_encode(coder.log, int(coder.cursor[0]), lanes)
+    state = _Coder(lanes, coder)
+    bits = [state.plane(np.ascontiguousarray(p.symbols, np.int32), p.kind, p.width, p.taps, p.state_bits) for p in planes]
+    states, words = rans_encode(state.log, int(state.cursor[0]), lanes)
     return states.astype("<u4").tobytes() + words.astype("<u2").tobytes(), bits
 
 
 def decode_planes(
-    data: bytes, planes: Sequence[tuple[int, int, int, int, int, int]], lanes: int
+    data: bytes, planes: Sequence[tuple[int, int, int, int, int, int]], lanes: int, coder: Coder
 ) -> tuple[list[IntArray], list[float]]:
     """Symbols of the planes (rows, columns, kind, width, taps, state bits), int32 (rows, columns) each, and their
     information content.
 
     Raises CorruptFile unless every byte is used and every state ends where the encoder began."""
-    coder = _Coder(lanes, data)
+    state = _Coder(lanes, coder, data)
     symbols, bits = [], []
     for rows, columns, *context in planes:
         plane = np.zeros((rows, columns), np.int32)
-        bits.append(coder.plane(plane, *context))
+        bits.append(state.plane(plane, *context))
         symbols.append(plane)
-    if coder.cursor[1] != len(coder.words) or (coder.states != _LOW).any():
+    if state.cursor[1] != len(state.words) - tables.SPARE_WORDS or (state.states != tables.STATE_LOW).any():
         raise CorruptFile("a symbol section does not end where its symbols end")
     return symbols, bits
-
-
-@nb.njit(cache=True, nogil=True, inline="always")
-def _probability(counts, index):  # type: ignore[no-untyped-def]
-    p = (counts[index, 1] * _R[counts[index, 0] + counts[index, 1]]) >> (32 - _P_BITS)
-    return min(max(p, _P_MIN), _P_MAX)
-
-
-@nb.njit(cache=True, nogil=True)
-def _bit(decoding, bit, p, lane, states, words, log, cursor):  # type: ignore[no-untyped-def]
-    """Code one decision: log it, or take it from the lane's state."""
-    if not decoding:
-        log[cursor[0]] = (lane << 16) | (p << 1) | bit
-        cursor[0] += 1
-        return bit
-    x = states[lane]
-    low = x & (_ONE - 1)
-    if low < p:
-        bit = 1
-        x = p * (x >> _P_BITS) + low
-    else:
-        bit = 0
-        x = (_ONE - p) * (x >> _P_BITS) + low - p
-    if x < _LOW:
-        if cursor[1] < len(words):
-            x = (x << 16) | words[cursor[1]]
-            cursor[1] += 1
-        else:
-            cursor[2] = 1
-            x = _LOW
-    states[lane] = x
-    return bit
-
-
-@nb.njit(cache=True, nogil=True, inline="always")
-def _learn(counts, index, bit):  # type: ignore[no-untyped-def]
-    counts[index, bit] += 2
-
-
-@nb.njit(cache=True, nogil=True, inline="always")
-def _bound(counts, index):  # type: ignore[no-untyped-def]
-    while counts[index, 0] + counts[index, 1] > _LIMIT:
-        counts[index, 0] = (counts[index, 0] + 1) >> 1
-        counts[index, 1] = (counts[index, 1] + 1) >> 1
-
-
-@nb.njit(cache=True, nogil=True, inline="always")
-def _sign_class(value):  # type: ignore[no-untyped-def]
-    return 0 if value == 0 else (1 if value > 0 else 2)
-
-
-@nb.njit(cache=True, nogil=True, inline="always")
-def _mirrored(sign_class, odd):  # type: ignore[no-untyped-def]
-    return 3 - sign_class if odd and sign_class else sign_class
-
-
-@nb.njit(cache=True, nogil=True)
-def _code_plane(  # type: ignore[no-untyped-def]
-    q, width, taps, lanes, col_shift, decoding, feedback, forward, magnitude, gamma, signs, start, states, words, log, cursor
-):
-    rows, columns = q.shape
-    col = np.zeros(columns, np.int64)
-    row = np.zeros(lanes, np.int64)
-    level = np.zeros(lanes, np.int64)
-    shift = np.zeros(lanes, np.int64)
-    size = np.zeros(lanes, np.int64)  # |symbol|: given when encoding, built up when decoding
-    high = np.zeros(lanes, np.int64)  # size >> shift
-    bits_of = np.zeros(lanes, np.int64)
-    active = np.zeros(lanes, np.int64)
-    path = np.zeros(lanes, np.int64)  # state of the lane's trellis
-    true_sign = np.zeros((min(lanes, rows) if forward else 0, columns), np.int8)  # of what a trellis' symbols stand for
-    bits = 0.0
-    for first in range(0, rows, lanes):
-        count = min(lanes, rows - first)
-        row[:count] = start[0]
-        path[:] = 0
-        for j in range(columns):
-            if not decoding and cursor[0] + count * _MAX_DECISIONS > len(log):
-                grown = np.empty(2 * len(log) + count * _MAX_DECISIONS, np.uint32)
-                grown[: cursor[0]] = log[: cursor[0]]
-                log = grown
-            around = 0
-            if first > 0:
-                before, after = col[max(j - 1, 0)], col[min(j + 1, columns - 1)]
-                around = (2 * col[j] + before + after) >> 2
-            any_shift = False
-            for lane in range(count):
-                m = row[lane]
-                if first > 0:
-                    m = (m + around) >> 1
-                level[lane] = _LEVEL[min(m, 2047)]
-                s = -3
-                t = m >> 8
-                while t > 0:
-                    t >>= 1
-                    s += 1
-                shift[lane] = max(s, 0)
-                any_shift = any_shift or s > 0
-                size[lane] = abs(q[first + lane, j])
-                high[lane] = 0 if decoding else size[lane] >> shift[lane]
-                active[lane] = lane
-
-            # stage 1: unary
-            num = count
-            for k in range(_UNARY):
-                left = 0
-                for a in range(num):
-                    lane = active[a]
-                    p = _probability(magnitude[:, k], level[lane])
-                    bit = _bit(decoding, 1 if high[lane] > k else 0, p, lane, states, words, log, cursor)
-                    bits += _BITS[p if bit else _ONE - p]
-                    bits_of[a] = bit
-                for a in range(num):
-                    _learn(magnitude[:, k], level[active[a]], bits_of[a])
-                for a in range(num):
-                    lane = active[a]
-                    _bound(magnitude[:, k], level[lane])
-                    if bits_of[a]:
-                        if decoding:
-                            high[lane] = k + 1
-                        active[left] = lane
-                        left += 1
-                num = left
-                if num == 0:
-                    break
-
-            # stage 2: Elias gamma of what is above the unary part; here size holds r + 1, bits_of its length
-            if num > 0:
-                over = num
-                lengths = np.zeros(lanes, np.int64)
-                rest = np.zeros(lanes, np.int64)
-                members = active[:over].copy()
-                for a in range(over):
-                    lane = members[a]
-                    rest[lane] = 1 if decoding else high[lane] - _UNARY + 1
-                for k in range(_GAMMA):
-                    left = 0
-                    p = _probability(gamma, k)
-                    for a in range(num):
-                        lane = active[a]
-                        bit = _bit(decoding, 1 if rest[lane] >> (k + 1) else 0, p, lane, states, words, log, cursor)
-                        bits += _BITS[p if bit else _ONE - p]
-                        bits_of[a] = bit
-                    for a in range(num):
-                        _learn(gamma, k, bits_of[a])
-                    _bound(gamma, k)
-                    for a in range(num):
-                        if bits_of[a]:
-                            lengths[active[a]] = k + 1
-                            active[left] = active[a]
-                            left += 1
-                    num = left
-                    if num == 0:
-                        break
-                if num > 0:
-                    cursor[2] = 1
-                    return log, bits
-                position = 1
-                while True:
-                    done = True
-                    for a in range(over):
-                        lane = members[a]
-                        if lengths[lane] >= position:
-                            done = False
-                            given = (rest[lane] >> (lengths[lane] - position)) & 1
-                            bit = _bit(decoding, given, _HALF, lane, states, words, log, cursor)
-                            bits += 1.0
-                            if decoding:
-                                rest[lane] = (rest[lane] << 1) | bit
-                    if done:
-                        break
-                    position += 1
-                if decoding:
-                    for a in range(over):
-                        high[members[a]] = rest[members[a]] + _UNARY - 1
-
-            # stage 3: low bits
-            if decoding:
-                for lane in range(count):
-                    size[lane] = high[lane]
-            if any_shift:
-                position = 1
-                while True:
-                    done = True
-                    for lane in range(count):
-                        if shift[lane] >= position:
-                            done = False
-                            given = (size[lane] >> (shift[lane] - position)) & 1
-                            bit = _bit(decoding, given, _HALF, lane, states, words, log, cursor)
-                            bits += 1.0
-                            if decoding:
-                                size[lane] = (size[lane] << 1) | bit
-                    if done:
-                        break
-                    position += 1
-
-            # stage 4: signs
-            total = 0
-            inside = j % taps
-            for lane in range(count):
-                r = first + lane
-                size_now = size[lane]
-                if size_now > _MAX:
-                    cursor[2] = 1
-                    return log, bits
-                total += size_now
-                row[lane] += ((size_now << 8) - row[lane]) >> 3
-                odd = path[lane] & 1
-                if forward:
-                    path[lane] = (path[lane] >> 1) ^ (feedback * odd) ^ (forward * (size_now & 1))
-                if size_now == 0:
-                    if forward:
-                        true_sign[lane, j] = 0
-                    continue
-                if forward:  # as seen from this state, which is the mirror image of another
-                    left_sign = true_sign[lane, j - 1] if j > 0 and (width == 1 or j % width != 0) else 0
-                    above = true_sign[lane, j - width] if inside >= width else 0
-                    c = (min(size_now, 3) - 1) * 9 + _mirrored(left_sign, odd) * 3 + _mirrored(above, odd)
-                else:
-                    left_sign = _sign_class(q[r, j - 1]) if j > 0 and (width == 1 or j % width != 0) else 0
-                    above = _sign_class(q[r, j - width]) if inside >= width else 0
-                    earlier = _sign_class(q[r - lanes, j]) if first > 0 else 0
-                    c = (left_sign * 3 + above) * 3 + earlier
-                level[lane] = c
-                p = _probability(signs, c)
-                bit = _bit(decoding, 1 if q[r, j] > 0 else 0, p, lane, states, words, log, cursor)
-                bits += _BITS[p if bit else _ONE - p]
-                bits_of[lane] = bit
-                if forward:
-                    true_sign[lane, j] = _mirrored(2 - bit, odd)
-                if decoding:
-                    q[r, j] = size_now if bit else -size_now
-            for lane in range(count):
-                if size[lane] > 0:
-                    _learn(signs, level[lane], bits_of[lane])
-            for lane in range(count):
-                if size[lane] > 0:
-                    _bound(signs, level[lane])
-            mean = (total << 8) // count
-            if first == 0:
-                col[j] = mean
-            else:
-                col[j] += (mean - col[j]) >> col_shift
-            if cursor[2]:
-                return log, bits
-        start[0] = col.sum() // columns
-    return log, bits
-
-
-@nb.njit(cache=True, nogil=True)
-def _rans_encode(log, num, lanes):  # type: ignore[no-untyped-def]
-    """Code the log from its end; returns the lanes' final states (the decoder's first) and the words in reading order."""
-    states = np.full(lanes, _LOW, np.int64)
-    words = np.empty(num + 1, np.uint16)  # at most one word a decision
-    pos = len(words)
-    for k in range(num - 1, -1, -1):
-        entry = np.int64(log[k])
-        lane = entry >> 16
-        p = (entry >> 1) & (2 * _HALF - 1)
-        bit = entry & 1
-        freq = p if bit else _ONE - p
-        x = states[lane]
-        if x >= freq << (32 - _P_BITS):
-            pos -= 1
-            words[pos] = x & 65535
-            x >>= 16
-        d = x // freq
-        states[lane] = (d << _P_BITS) + (x - d * freq) + (0 if bit else p)
-    return states, words[pos:]
-
-
-def information_content(bits: Sequence[float]) -> FloatArray:
-    """Bits of each plane as an array, for reports."""
-    return np.asarray(bits, np.float64)

@@ -13,50 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transquant.entropy import tables
+from transquant.entropy.portable_rans import Int64, Reader
+from transquant.entropy.portable_tokens import Tokens, token_plane
 from transquant.errors import CorruptFile
-from transquant.records import IntArray
+from transquant.records import Coder, IntArray
 from transquant.trellis_code import TRELLIS_CODES
-
-Int64 = NDArray[np.int64]
 
 _R, _LEVEL = tables.RECIPROCAL, tables.LEVEL_OF
 _BIT_LENGTH = np.array([max(int(t).bit_length() - 3, 0) for t in range(1 << 12)], np.int64)
-
-
-class _Reader:
-    """States of the lanes and the words still to be read."""
-
-    def __init__(self, data: bytes, lanes: int) -> None:
-        if len(data) < 4 * lanes or (len(data) - 4 * lanes) % 2:
-            raise CorruptFile(f"a symbol section of {len(data)} bytes is too short for its {lanes} lanes")
-        self.states = np.frombuffer(data, "<u4", lanes).astype(np.int64)
-        self.words = np.frombuffer(data, "<u2", offset=4 * lanes).astype(np.int64)
-        self.position = 0
-        if self.states.min() < tables.STATE_LOW:
-            raise CorruptFile("an initial state of a symbol section is out of range")
-
-    def bits(self, members: Int64, p: Int64 | int) -> NDArray[np.bool_]:
-        """One decision for each lane in `members` (ascending), probability p each: bool (len(members),)."""
-        x = self.states[members]
-        low = x & (tables.P_ONE - 1)
-        bit = low < p
-        above = p * ~bit  # of a 0: low minus the 1's share
-        x = np.where(bit, p, tables.P_ONE - p) * (x >> tables.P_BITS) + (low - above)
-        short = (x < tables.STATE_LOW).nonzero()[0]
-        if short.size:
-            end = self.position + short.size
-            if end > len(self.words):
-                raise CorruptFile("a symbol section ends early or holds a symbol that is too large")
-            x[short] = (x[short] << 16) | self.words[self.position : end]
-            self.position = end
-        self.states[members] = x
-        return bit
-
-    def plain(self, lengths: Int64, values: Int64) -> None:
-        """Append `lengths[lane]` bits of probability one half to `values[lane]`, highest first, in place."""
-        for position in range(1, int(lengths.max(initial=0)) + 1):
-            members = np.flatnonzero(lengths >= position)
-            values[members] = (values[members] << 1) | self.bits(members, tables.P_HALF)
 
 
 def _probabilities(c0: Int64, c1: Int64) -> Int64:
@@ -73,19 +37,23 @@ def _learn(counts: Int64, context: Int64, bit: NDArray[np.bool_]) -> None:
         counts[over] = (counts[over] + 1) >> 1
 
 
-def decode_planes(data: bytes, planes: Sequence[tuple[int, int, int, int, int, int]], lanes: int) -> list[IntArray]:
+def decode_planes(data: bytes, planes: Sequence[tuple[int, int, int, int, int, int]], lanes: int, coder: Coder) -> list[IntArray]:
     """Symbols of the planes (rows, columns, kind, width, taps, state bits), int32 (rows, columns) each.
 
     Raises CorruptFile unless every byte is used and every state ends where the encoder began."""
-    reader = _Reader(data, lanes)
+    reader = Reader(data, lanes)
     magnitude = [tables.first_magnitude_counts().transpose(1, 0, 2).copy() for _ in range(tables.NUM_CLASSES)]
     paths, path_signs = tables.first_magnitude_counts().transpose(1, 0, 2).copy(), tables.first_path_signs()
     gamma = [np.full((tables.NUM_GAMMA, 2), 2, np.int64) for _ in range(tables.NUM_CLASSES)]
     start = [tables.FIRST_START] * tables.NUM_CLASSES
+    tokens: dict[bool, Tokens] = {}  # by whether there is a trellis
     result = []
     for rows, columns, kind, width, taps, state_bits in planes:
         plane = np.zeros((rows, columns), np.int32)
-        if plane.size:
+        if plane.size and kind == tables.WEIGHTS and coder != "s":
+            table = tokens.setdefault(state_bits > 0, Tokens(state_bits > 0, coder == "m"))
+            start[kind] = token_plane(reader, plane, width, taps, TRELLIS_CODES[state_bits], lanes, table, start[kind])
+        elif plane.size:
             sizes, signs = (paths, path_signs) if state_bits else (magnitude[kind], np.full((27, 2), 3, np.int64))
             code = TRELLIS_CODES[state_bits]
             start[kind] = _plane(reader, plane, width, taps, code, lanes, sizes, signs, gamma[kind], start[kind])
@@ -96,7 +64,7 @@ def decode_planes(data: bytes, planes: Sequence[tuple[int, int, int, int, int, i
 
 
 def _plane(
-    reader: _Reader,
+    reader: Reader,
     q: IntArray,
     width: int,
     taps: int,
@@ -157,7 +125,7 @@ def _mirrored(sign_class: NDArray[np.integer[Any]], odd: Int64) -> Int64:
     return np.where(odd & (sign_class > 0), 3 - sign_class, sign_class).astype(np.int64)
 
 
-def _magnitudes(reader: _Reader, everyone: Int64, m: Int64, magnitude: Int64, gamma: Int64) -> Int64:
+def _magnitudes(reader: Reader, everyone: Int64, m: Int64, magnitude: Int64, gamma: Int64) -> Int64:
     """Stages 1 to 3 for one column of a block: int64 (count,)."""
     level = _LEVEL[np.minimum(m, 2047)]
     size = np.zeros(len(everyone), np.int64)
@@ -182,7 +150,7 @@ def _magnitudes(reader: _Reader, everyone: Int64, m: Int64, magnitude: Int64, ga
     return size
 
 
-def _gamma(reader: _Reader, over: Int64, gamma: Int64) -> Int64:
+def _gamma(reader: Reader, over: Int64, gamma: Int64) -> Int64:
     lengths = np.zeros(len(over), np.int64)
     inside = np.arange(len(over))
     for k in range(tables.NUM_GAMMA):

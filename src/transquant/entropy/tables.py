@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 from transquant.records import MAX_FOLD
 
 NUM_CLASSES = 4
+WEIGHTS = 0  # the class whose planes are tokens
 NUM_LEVELS = 20
 NUM_UNARY = 18  # stage 1 decisions, k = 0 ... 17
 NUM_GAMMA = 21  # stage 2 prefix decisions, k = 0 ... 20; more ones than 20 are corrupt
@@ -19,9 +22,24 @@ P_ONE, P_HALF = 1 << P_BITS, 1 << (P_BITS - 1)
 P_MIN, P_MAX = 16, P_ONE - 16
 STATE_LOW = 1 << 16
 FIRST_START = 128
+SPARE_WORDS = MAX_LANES + 1  # after the last one, so that a column of lanes is read without asking for each
 
 THRESHOLDS = (5, 10, 17, 25, 36, 49, 66, 88, 117, 154, 203, 268, 354, 467, 616, 813, 1073, 1416, 1869)
 LEVEL_MEANS = (3, 7, 13, 21, 30, 42, 57, 77, 102, 135, 178, 235, 311, 410, 541, 714, 943, 1244, 1642, 2400)
+
+# tokens (kinds "m" and "t"): −7 … 7 as 0 … 14, and 15 for all else
+TOKENS, ESCAPE, MIDDLE = 16, 15, 7
+NUM_CONTEXTS = 3 * NUM_LEVELS + 1  # (level, sign) and the lengths of what is escaped
+LENGTHS = NUM_CONTEXTS - 1
+LONGEST = 13  # the length that stands for 20 bits
+SHIFT_LEVEL = 17  # the first level whose low bits are plain
+MAX_SHIFT = 14
+RATIOS = (3, 6, 11, 18, 27, 39, 54, 72, 88, 104, 128, 150, 166, 185, 199, 211, 224, 212, 224, 221)
+LENGTH_LAW = (24, 20, 14, 10, 7, 4, 3, 2, 2, 2, 1, 1, 1, 1, 1, 1)
+FIRST_TOTAL = 1536  # of the first counts of a context, in units of 1/32 token
+ONE_TOKEN, FAST_TOTAL, SLOW_TOTAL = 32, 12288, 65536
+REBUILD, REBUILD_SHIFT = 64, 6  # tables follow after 64 tokens, at first after 1/64 of those so far
+LOOKUP_BITS = 12
 
 # R[t] = floor(2^32 / t): turns a pair of counts into a probability without a division
 RECIPROCAL = np.array([0] + [(1 << 32) // t for t in range(1, 4 * MAX_LANES + COUNT_LIMIT + 2)], dtype=np.int64)
@@ -45,6 +63,58 @@ def first_magnitude_counts() -> np.ndarray:
 def first_path_signs() -> np.ndarray:
     """Initial counts of a trellis' sign contexts, int64 (27, 2): −1 is likelier than 1, which is rebuilt further from zero."""
     return np.tile(np.array([5, 3], np.int64), (27, 1))
+
+
+@cache
+def token_laws(trellis: bool) -> np.ndarray:
+    """Weights of the tokens in each context, int64 (contexts, tokens): in a trellis 0, −1, 1, −2, 2, … are ever further from
+    zero by half a step, so they follow a geometric law; without one both signs have their mean."""
+    laws = np.zeros((NUM_CONTEXTS, TOKENS), np.int64)
+    for level, ratio in enumerate(RATIOS):
+        weight, law = 1 << 20, np.zeros(TOKENS, np.int64)
+        for k in range(TOKENS - 1):
+            law[MIDDLE + (k // 2 if k % 2 == 0 else -(k + 1) // 2)] = weight
+            weight = (weight * ratio) >> 8
+        law[ESCAPE] = 256 * weight // (256 - ratio)
+        if not trellis:
+            law[:ESCAPE] = (law[:ESCAPE] + law[ESCAPE - 1 :: -1]) >> 1
+        laws[3 * level : 3 * level + 3] = law
+    laws[LENGTHS] = LENGTH_LAW
+    return laws
+
+
+def first_token_counts(trellis: bool) -> np.ndarray:
+    """First counts of the adaptive tables, int32 (2, contexts, tokens): fast and slow."""
+    laws = token_laws(trellis)
+    counts = np.maximum(FIRST_TOTAL * laws // laws.sum(1, keepdims=True), 1)
+    return np.stack([counts, counts]).astype(np.int32)
+
+
+@cache
+def law_tables(trellis: bool) -> np.ndarray:
+    """Where the ranges of the tokens begin in the static tables, and 2^14: uint32 (contexts, tokens + 1)."""
+    laws = token_laws(trellis)
+    begins = np.concatenate([np.zeros((NUM_CONTEXTS, 1), np.int64), laws.cumsum(1)], axis=1)
+    begins = np.arange(TOKENS + 1) + (P_ONE - TOKENS) * begins // laws.sum(1, keepdims=True)
+    return np.asarray(begins, np.uint32)
+
+
+def adapted(counts: np.ndarray) -> np.ndarray:
+    """Tables of counts int32 (2, contexts, tokens), as `law_tables`."""
+    begins = np.zeros((len(counts[0]), TOKENS + 1), np.int64)
+    for part in counts.astype(np.int64):
+        total = part.sum(1, keepdims=True)
+        begins[:, 1:] += part.cumsum(1) * (((P_ONE - TOKENS) << 16) // total)
+    begins = np.arange(TOKENS + 1) + (begins >> 17)
+    begins[:, TOKENS] = P_ONE
+    return np.asarray(begins, np.uint32)
+
+
+@cache
+def law_lookup(trellis: bool) -> np.ndarray:
+    """The token at every fourth place of the static tables, uint8 (contexts · 4096,)."""
+    places = np.arange(0, P_ONE, 1 << (P_BITS - LOOKUP_BITS))
+    return np.concatenate([np.searchsorted(row, places, side="right") - 1 for row in law_tables(trellis)]).astype(np.uint8)
 
 
 def magnitude_laws(sizes: int) -> np.ndarray:
