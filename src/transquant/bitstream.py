@@ -9,9 +9,10 @@ decoder as an argument, so the numpy reader and the compiled one share everythin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,8 +47,10 @@ SECTION_VALUES = 1 << 20  # a symbol section is closed once it has this many val
 
 PlaneShape = tuple[int, int, int, int, int, int]  # rows, columns, kind, width, taps, state bits
 PlaneDecoder = Callable[[bytes, Sequence[PlaneShape], int], list[IntArray]]
+T = TypeVar("T")
+Part = tuple[Entry, Coded | None]  # an entry, and its symbols where it has any
 Job = tuple[Sequence[Plane], int]  # planes of a section, number of lanes
-SectionEncoder = Callable[[Sequence[Job]], list[tuple[bytes, list[float]]]]
+SectionEncoder = Callable[[Iterable[Job]], Iterable[tuple[bytes, list[float]]]]
 
 WEIGHTS, SIDE, VECTORS, BASIS = 0, 1, 2, 3
 
@@ -65,33 +68,49 @@ class EncodedFile:
 
 def encode(
     step: tuple[int, int],
-    entries: Sequence[Entry],
-    coded: Mapping[str, Coded],
+    parts: Iterable[Part],
     raw: Mapping[str, bytes],
     encode_sections: SectionEncoder,
-    metadata: Mapping[str, str] | None = None,
+    metadata: Callable[[], Mapping[str, str]] = dict,
 ) -> EncodedFile:
-    """Write a file: entries in state-dict order, the symbols of coded and BatchNorm entries by name, raw bytes by name.
+    """Write a file: entries in state-dict order, those that are coded or a BatchNorm with their symbols, and raw bytes by name.
 
-    `encode_sections` gives bytes and the planes' information contents of each job; sections are independent."""
+    `parts` are taken one after the other, and their symbols are dropped once their section is encoded. `encode_sections` gives
+    bytes and the planes' information contents of each job, in order; sections are independent. `metadata` is asked at the end."""
     sections: list[Section] = []
     tensor_bits: dict[str, TensorBits] = {}
-    groups = _sections([e for e in entries if isinstance(e, CodedEntry | BatchNormEntry) and not is_packed(e)])
-    planes = [[plane for entry in group for plane in planes_of(coded[entry.name])] for group in groups]
-    jobs = [(of_group, _lanes(of_group)) for of_group in planes]
-    for group, (_, lanes), (data, bits) in zip(groups, jobs, encode_sections(jobs), strict=True):
+    entries: list[Entry] = []
+    packed: list[bytes] = []
+    closed: deque[tuple[list[CodedEntry | BatchNormEntry], int]] = deque()  # sections that are being encoded
+
+    def in_symbols() -> Iterator[Coded]:
+        for entry, tensor in parts:
+            entries.append(entry)
+            if is_packed(entry):
+                assert isinstance(tensor, CodedTensor)
+                packed.append(packing.pack([tensor]))
+                tensor_bits[entry.name] = packing.tensor_bits(tensor)
+            elif tensor is not None:
+                yield tensor
+
+    def jobs() -> Iterator[Job]:
+        for group in runs(in_symbols(), _num_values, SECTION_VALUES):
+            planes = [plane for tensor in group for plane in planes_of(tensor)]
+            closed.append(([tensor.entry for tensor in group], _lanes(planes)))
+            yield planes, closed[-1][1]
+
+    for data, bits in encode_sections(jobs()):
+        group, lanes = closed.popleft()
         sections.append(Section("s", len(group), lanes, data))
         tensor_bits |= split_bits(group, bits)
-    packed = [t for t in (coded[e.name] for e in entries if is_packed(e)) if isinstance(t, CodedTensor)]
     if packed:
-        sections.append(Section("p", len(packed), 0, packing.pack(packed)))
-        tensor_bits |= {tensor.entry.name: packing.tensor_bits(tensor) for tensor in packed}
+        sections.append(Section("p", len(packed), 0, b"".join(packed)))
     section_bytes = sum(len(s.data) for s in sections)
     raw_entries = [e for e in entries if isinstance(e, RawEntry)]
     exact = pack_raw([raw[e.name] for e in raw_entries]) if raw_entries else b""
     if raw_entries:
         sections.append(Section("r", len(raw_entries), 0, exact))
-    container = Container(step, tuple(entries), tuple(sections), metadata or {})
+    container = Container(step, tuple(entries), tuple(sections), metadata())
     return EncodedFile(write_container(container), tensor_bits, section_bytes, len(exact))
 
 
@@ -209,16 +228,22 @@ def _coded(entry: CodedEntry | BatchNormEntry, planes: list[IntArray]) -> Coded:
     return CodedTensor(entry, next(rest).reshape(entry.rows, entry.columns), rows, columns, basis)
 
 
-def _sections(entries: Sequence[CodedEntry | BatchNormEntry]) -> list[list[CodedEntry | BatchNormEntry]]:
-    """Runs of consecutive entries, each closed once it has SECTION_VALUES values."""
-    sizes = [sum(rows * columns for rows, columns, *_ in plane_shapes(e)) for e in entries]
-    cuts = [0]
-    for k, total in enumerate(accumulate(sizes), 1):
-        if total - sum(sizes[: cuts[-1]]) >= SECTION_VALUES:
-            cuts.append(k)
-    if cuts[-1] != len(entries):
-        cuts.append(len(entries))
-    return [list(entries[a:b]) for a, b in pairwise(cuts)]
+def runs(items: Iterable[T], size_of: Callable[[T], int], enough: int) -> Iterator[list[T]]:
+    """Runs of consecutive items, each closed once their sizes add up to `enough`."""
+    run: list[T] = []
+    size = 0
+    for item in items:
+        run.append(item)
+        size += size_of(item)
+        if size >= enough:
+            yield run
+            run, size = [], 0
+    if run:
+        yield run
+
+
+def _num_values(tensor: Coded) -> int:
+    return sum(rows * columns for rows, columns, *_ in plane_shapes(tensor.entry))
 
 
 def _lanes(planes: Sequence[Plane]) -> int:

@@ -49,14 +49,14 @@ class ChosenTransform:
     gain: float
 
 
-def choose_transforms(encoder: Encoder, c: float, choice: Choice) -> dict[str, ChosenTransform]:
-    """The transform of every layer that gets one, at scalar c."""
+def choose_transforms(encoder: Encoder, c: float, choice: Choice, sample: Encoder) -> dict[str, ChosenTransform]:
+    """The transform of every layer that gets one, at scalar c; `sample`: the encoder's, on which λ is measured."""
     specs = [s for s in encoder.plan.specs if isinstance(s, WeightSpec) and _measured(encoder.layers[s.name])]
     specs.sort(key=lambda s: -np.prod(s.shape[:1]) * np.prod(s.shape))
     values, layers, method = encoder.source.values, encoder.layers, encoder.method
-    candidates = {s.name: _candidates(s, values[s.name].shape, layers[s.name], method) for s in specs}
+    candidates = {s.name: _candidates(s, layers[s.name], method) for s in specs}
     open_ones = [s for s in specs if len(candidates[s.name]) > 1]
-    price = exchange_rate(encoder, c, choice) if open_ones else 0.0
+    price = exchange_rate(sample, c, choice) if open_ones else 0.0
     found = encoder.pool.map(
         lambda s: _choose(s, values[s.name], layers[s.name], candidates[s.name], c, price, choice, method), open_ones,
         "transform", lambda s: (encoder.known[s.name], candidates[s.name], c, price, choice, method),
@@ -95,11 +95,11 @@ def _choose(
     return ChosenTransform(best, costs[candidates[0]] - costs[best] if candidates[0].kind == "i" else 0.0)
 
 
-def _candidates(spec: WeightSpec, matrix: tuple[int, ...], stats: LayerStats, method: Method) -> list[LayerTransform]:
+def _candidates(spec: WeightSpec, stats: LayerStats, method: Method) -> list[LayerTransform]:
     """What may be tried on a layer; one where it is forced. Grouped layers share no rows, blocks of moments no columns."""
     packed = method.coding == "fixed"
     none = IDENTITY if not packed else LayerTransform("i", _axis(spec, method.axis or "input"))
-    if method.transform == "identity" or stats.input_moment.ndim == 4 or min(matrix) == 0:
+    if method.transform == "identity" or stats.input_moment.ndim == 4 or min(spec.shape) == 0:
         return [none]
     if method.transform == "auto" and _large(spec):
         return [none, *(LayerTransform(kind, "k") for kind in LIKELY if _fits(spec, "k", stats))]

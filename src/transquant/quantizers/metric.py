@@ -117,4 +117,4 @@ def quadratic_form(error: FloatArray, input_moment: FloatArray, output_moment: F
     else:
         right = e * a if a.ndim == 1 else e @ a
     left = e * g[:, None] if g.ndim == 1 else g @ e
-    return float((left * right).sum())
+    return float(left.mul_(right).sum())  # in place: matrices are large
