@@ -62,7 +62,7 @@ METHOD = Method()
 
 # Rules on the number of weights, so that files are the same on small and large machines:
 LARGE = 1 << 24  # above it a model's sample stands for it in searches, and without calibration its symbols are not kept
-SAMPLE = 1 << 22  # weights of a sample, about
+SAMPLE = 1 << 20  # weights of a sample, about
 WINDOW = 1 << 23  # values that are quantized, or encoded, before the next are looked at where symbols are not kept
 
 

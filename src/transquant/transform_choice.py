@@ -80,11 +80,11 @@ def _choose(
 ) -> ChosenTransform:  # fmt: skip
     forced = method.transform != "auto"
     part, values, moments = _sample(spec, weight, stats, any(t.axis == "r" for t in candidates))
-    costs: dict[LayerTransform, float] = {}
-    for candidate in candidates:
-        if candidate.kind != "i" and not forced and not _promising(part, values, moments, candidate, c):
-            continue
-        costs[candidate] = _bits(part, values, moments, c, price, choice, candidate, method) / values.size
+    promising = {t.axis: forced or _promising(part, values, moments, t.axis, c) for t in candidates if t.kind in ("k", "e")}
+    tried = [t for t in candidates if promising.get(t.axis, True) or t.kind not in ("k", "e")]
+    if len(tried) == 1:
+        return ChosenTransform(tried[0], 0.0)
+    costs = {t: _bits(part, values, moments, c, price, choice, t, method) / values.size for t in tried}
     best = min(costs, key=lambda t: costs[t])
     if best.kind in ("k", "e") and not _large(spec) and method.coding == "entropy" and method.feedback:
         for bits in BASIS_BITS:
@@ -146,12 +146,10 @@ def _sample(spec: WeightSpec, weight: FloatArray, stats: LayerStats, whole: bool
     return replace(spec, shape=(len(kept), *spec.shape[1:])), weight[kept], replace(stats, output_moment=g)
 
 
-def _promising(spec: WeightSpec, weight: FloatArray, stats: LayerStats, transform: LayerTransform, c: float) -> bool:
-    """Whether the spread of the bands' energies is worth more bits than the basis, by the rate of Gaussian bands."""
-    layout = Layout(transform.axis, spec.shape[0], spec.shape[1], int(np.prod(spec.shape[2:])))
+def _promising(spec: WeightSpec, weight: FloatArray, stats: LayerStats, axis: Axis, c: float) -> bool:
+    """Whether the spread of the bands' energies is worth more bits than a basis, by the rate of Gaussian bands."""
+    layout = Layout(axis, spec.shape[0], spec.shape[1], int(np.prod(spec.shape[2:])))
     bands = layout.bands(weight)
-    if transform.kind == "d":
-        return True
     moments = zip(stats.input_moment, stats.output_moment, strict=True)
     sensitivity = np.mean([mean_diagonal(a) * mean_diagonal(g) for a, g in moments])
     gain = 17 * float(sensitivity) / (c * c)  # as in allocation.first_guess
