@@ -88,7 +88,7 @@ def _statistics(
         jobs = zip(collectors, chunk, strict=False)
         for (k, _), partial in zip(chunk, pool.own(lambda job: job[0].partial(*job[1], metric, seed), jobs), strict=True):
             if k < num_folds:
-                own[k] = partial
+                own[k] = partial.widened()
             else:
                 own[k % num_folds].add(partial)
         if progress:
@@ -149,7 +149,7 @@ class _Collector:
         samples = len(output)
         every = (*self.layers, *self.others)
         seen = {layer.spec.name: layer for layer in every if layer.columns is not None and layer.rows is not None}
-        return Sums(
+        sums = Sums(
             {name: layer.columns.cpu() for name, layer in seen.items() if layer.columns is not None},
             {name: layer.rows.cpu() for name, layer in seen.items() if layer.rows is not None},
             {name: layer.total.cpu() for name, layer in seen.items() if layer.total is not None},
@@ -160,6 +160,9 @@ class _Collector:
             samples,
             unit(output, metric),
         )
+        for layer in every:
+            layer.reset(index)
+        return sums
 
     def _gradient(self, name: str) -> Tensor | None:
         gradient = self.parameters[name].grad
