@@ -277,7 +277,7 @@ def _calibrate(
     layers in execution order, on at most `in_order` of those with statistics."""
     if calibration is None or module is None or metric == "weights":
         return weight_statistics(plan, source.values), None, None
-    batches = list(modules.micro_batches(modules.batches_of(calibration, whole=forward is not None), 2 if plan.work > LARGE else 1))
+    batches = list(modules.micro_batches(modules.batches_of(calibration, whole=forward is not None), 4 if plan.work > LARGE else 1))
     pool.processes.agree("calibration samples", batches)
     if len(batches) == 1:
         _log.warning("there is one calibration sample: the distortion is measured on it too, nothing could be held back")

@@ -85,7 +85,11 @@ def diagonal(moment: FloatArray) -> FloatArray:
 def regularise(moment: FloatArray, amount: float) -> FloatArray:
     """moment + amount · (mean diagonal) · I; moment (n,), (n, n) or (b, m, m)."""
     extra = amount * mean_diagonal(moment)
-    return moment + extra if moment.ndim == 1 else moment + extra * np.eye(moment.shape[-1])
+    if moment.ndim == 1:
+        return moment + extra
+    raised = moment.copy()
+    np.einsum("...ii->...i", raised)[...] += extra
+    return raised
 
 
 def factor(moment: FloatArray, upper: bool = False) -> Factor:

@@ -87,7 +87,10 @@ class Moments:
     def check(self) -> None:
         """Raises InputError where what was seen so far has NaN or infinite values."""
         for moment in (self.columns, self.rows):
-            if moment is not None and not bool(torch.isfinite(moment).all()):
+            if moment is None:
+                continue
+            squares = moment if moment.ndim == 2 else moment.diagonal(dim1=-2, dim2=-1)  # no product is larger than both
+            if not bool(torch.isfinite(squares).all()):
                 raise InputError(f"layer {self.spec.module!r} has NaN or infinite inputs on a calibration batch")
 
     def _plus(self, total: Tensor | None, part: Tensor, group: int | None) -> Tensor:
