@@ -128,7 +128,7 @@ def divergence(
 ) -> float:
     """KL in nats of the network in a file of exactly that size, within half a per cent."""
     target = bits * encoder.plan.num_parameters / 8
-    encoder = encoder.transformed(transforms_of(choose_transforms(encoder, encoder.first_guess(target), choice)))
+    encoder = encoder.transformed(transforms_of(choose_transforms(encoder, encoder.first_guess(target), choice, encoder)))
 
     def size_of(c: float) -> float:
         return len(encoder.encode(encoder.draft(c, choice)).data)

@@ -55,7 +55,7 @@ def run(name: str, known: Callable[[float], bool]) -> Iterator[Row]:
             without = of_size(identity, choice, bits * plan.num_parameters / 8)
             size = len(identity.encode(without).data)
             auto = Encoder(plan, source, stats, pool, Method("auto", state_bits=STATES))
-            chosen = choose_transforms(auto, without.c, choice)
+            chosen = choose_transforms(auto, without.c, choice, auto)
             auto = auto.transformed(transforms_of(chosen))
             equal = of_distortion(auto, choice, without)
             reported = sum(t.gain * source.values[layer].size for layer, t in chosen.items()) / 8

@@ -79,7 +79,7 @@ def run(name: str, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
         stats, _ = codec._calibrate(module, calibration, plan, source, "auto", None, None, 0, pool, lambda *_: None)
         for transform, coding, feedback, bits in left:
             encoder = Encoder(plan, source, stats, pool, Method(transform, AXIS, coding, feedback))
-            chosen = choose_transforms(encoder, encoder.first_guess(bits * plan.num_parameters / 8), choice)
+            chosen = choose_transforms(encoder, encoder.first_guess(bits * plan.num_parameters / 8), choice, encoder)
             encoder = encoder.transformed(transforms_of(chosen))
             draft, size, basis = best_draft(encoder, choice, bits * plan.num_parameters / 8)
             torch.set_num_threads(pool.count)

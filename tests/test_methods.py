@@ -176,7 +176,7 @@ def test_auto_is_no_worse_than_identity(smooth, pictures):
         for bits in (1.0, 2.0, 4.0):
             c = encoder.first_guess(bits * 17000 / 8)
             plain = encoder.draft(c, Choice())
-            chosen = choose_transforms(encoder, c, Choice())
+            chosen = choose_transforms(encoder, c, Choice(), encoder)
             assert chosen["second.weight"].transform != IDENTITY
             assert chosen["second.weight"].gain > 0
             better = encoder.transformed(transforms_of(chosen))

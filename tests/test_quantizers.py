@@ -211,8 +211,8 @@ def test_largest_feasible():
 
 def trellis_pass(weight, state_bits, step, left=None, right=None, segment=None, bit=0.0, offsets=(0, 0)):
     trellis = Trellis(state_bits, len(weight), segment or weight.shape[1], magnitude_laws(SIZES))
-    worth = np.full(weight.shape, step**2 / bit if bit else 1e9)
-    paths = Paths(trellis, slice(0, len(weight)), 0, worth, expected_levels(weight / step))
+    costs = np.ones(len(weight)), np.ones(weight.shape[1])
+    paths = Paths(trellis, slice(0, len(weight)), 0, *costs, bit or step**2 / 1e9, expected_levels(weight / step))
     return quantize_feedback(weight, np.full(weight.shape, step), left, right, Rounding(0.5, offsets), None, paths)
 
 

@@ -67,14 +67,8 @@ def test_whole_files(given_entries, coder):
     first = all_entries[0]
     target = first.key("bias") if isinstance(first, BatchNormEntry) else first.name
     aliases = [AliasEntry("one", target), AliasEntry("two", "one")]
-    file = bitstream.encode(
-        (2048, -60),
-        [*all_entries, *aliases],
-        tensors,
-        raw,
-        lambda jobs: [lanes.encode_planes(*job) for job in jobs],
-        coder,
-    )
+    parts = [(e, tensors.get(e.name)) for e in (*all_entries, *aliases)]
+    file = bitstream.encode((2048, -60), parts, raw, lambda jobs: [lanes.encode_planes(*job) for job in jobs], coder)
     container = read_container(file.data)
     assert list(container.entries) == [*all_entries, *aliases]
     results = []

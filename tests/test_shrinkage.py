@@ -8,7 +8,7 @@ from torch import nn
 from transquant.modules import micro_batches, plan_model, run_batch
 from transquant.quantizers.metric import factor
 from transquant.stats import collect, shrinkage
-from transquant.stats.shrinkage import centred_sums, cross_validated, mean_moment
+from transquant.stats.shrinkage import centre, cross_validated, mean_moment
 from transquant.workers import workers
 
 
@@ -67,7 +67,8 @@ def test_centring_of_sums():
     mean = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     centred = x - mean[..., None]
     count = torch.full((3,), 40.0, dtype=torch.float64)
-    found = centred_sums(x @ x.transpose(1, 2), x.sum(2), count, mean)
+    found = x @ x.transpose(1, 2)
+    centre(found, x.sum(2), count, mean)
     torch.testing.assert_close(found, centred @ centred.transpose(1, 2))
 
 

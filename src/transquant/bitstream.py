@@ -9,9 +9,11 @@ sections as an argument, so the numpy reader and the compiled one share everythi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,10 +48,12 @@ from transquant.trellis_code import odd_states
 SECTION_VALUES = 1 << 20  # a symbol section is closed once it has this many values
 
 PlaneShape = tuple[int, int, int, int, int, int]  # rows, columns, kind, width, taps, state bits
+T = TypeVar("T")
+Part = tuple[Entry, Coded | None]  # an entry, and its symbols where it has any
 StreamJob = tuple[bytes, Sequence[PlaneShape], int, Coder]  # of a stream: its bytes, its part of each plane, lanes, section kind
 SectionDecoder = Callable[[Sequence[Sequence[StreamJob]]], list[list[list[IntArray]]]]  # by section, stream and plane
 Job = tuple[Sequence[Plane], int, Coder]  # of a stream: its part of each plane, number of lanes, section kind
-StreamEncoder = Callable[[Sequence[Job]], list[tuple[bytes, list[float]]]]
+StreamEncoder = Callable[[Iterable[Job]], Iterable[tuple[bytes, list[float]]]]
 
 WEIGHTS, SIDE, VECTORS, BASIS = 0, 1, 2, 3
 
@@ -67,37 +71,53 @@ class EncodedFile:
 
 def encode(
     step: tuple[int, int],
-    entries: Sequence[Entry],
-    coded: Mapping[str, Coded],
+    parts: Iterable[Part],
     raw: Mapping[str, bytes],
     encode_streams: StreamEncoder,
     coder: Coder,
-    metadata: Mapping[str, str] | None = None,
+    metadata: Callable[[], Mapping[str, str]] = dict,
 ) -> EncodedFile:
-    """Write a file: entries in state-dict order, the symbols of coded and BatchNorm entries by name, raw bytes by name.
+    """Write a file: entries in state-dict order, those that are coded or a BatchNorm with their symbols, and raw bytes by name.
 
-    `encode_streams` gives bytes and the planes' information contents of each job; streams are independent. `coder` is the kind of
-    the symbol sections."""
+    `parts` are taken one after the other, and their symbols are dropped once their section is encoded. `encode_streams` gives
+    bytes and the planes' information contents of each job, in order; streams are independent. `coder` is the kind of the symbol
+    sections. `metadata` is asked at the end."""
     sections: list[Section] = []
     tensor_bits: dict[str, TensorBits] = {}
-    groups = _sections([e for e in entries if isinstance(e, CodedEntry | BatchNormEntry) and not is_packed(e)])
-    planes = [[plane for entry in group for plane in planes_of(coded[entry.name])] for group in groups]
-    jobs = [_jobs(of_group, coder) for of_group in planes]
-    done = iter(encode_streams([job for of_group in jobs for job in of_group]))
-    for group, of_group in zip(groups, jobs, strict=True):
-        parts = [next(done) for _ in of_group]
-        sections.append(Section(coder, len(group), of_group[0][1], streams.join([data for data, _ in parts])))
-        tensor_bits |= split_bits(group, [sum(each) for each in zip(*(bits for _, bits in parts), strict=True)])
-    packed = [t for t in (coded[e.name] for e in entries if is_packed(e)) if isinstance(t, CodedTensor)]
+    entries: list[Entry] = []
+    packed: list[bytes] = []
+    closed: deque[tuple[list[CodedEntry | BatchNormEntry], list[int]]] = deque()  # being encoded, lanes by stream
+
+    def in_symbols() -> Iterator[Coded]:
+        for entry, tensor in parts:
+            entries.append(entry)
+            if is_packed(entry):
+                assert isinstance(tensor, CodedTensor)
+                packed.append(packing.pack([tensor]))
+                tensor_bits[entry.name] = packing.tensor_bits(tensor)
+            elif tensor is not None:
+                yield tensor
+
+    def jobs() -> Iterator[Job]:
+        for group in runs(in_symbols(), _num_values, SECTION_VALUES):
+            streams_of = _jobs([plane for tensor in group for plane in planes_of(tensor)], coder)
+            closed.append(([tensor.entry for tensor in group], [lanes for _, lanes, _ in streams_of]))
+            yield from streams_of
+
+    done = iter(encode_streams(jobs()))
+    for first in done:
+        group, lanes = closed.popleft()
+        pieces = [first, *islice(done, len(lanes) - 1)]
+        sections.append(Section(coder, len(group), lanes[0], streams.join([data for data, _ in pieces])))
+        tensor_bits |= split_bits(group, [sum(each) for each in zip(*(bits for _, bits in pieces), strict=True)])
     if packed:
-        sections.append(Section("p", len(packed), 0, packing.pack(packed)))
-        tensor_bits |= {tensor.entry.name: packing.tensor_bits(tensor) for tensor in packed}
+        sections.append(Section("p", len(packed), 0, b"".join(packed)))
     section_bytes = sum(len(s.data) for s in sections)
     raw_entries = [e for e in entries if isinstance(e, RawEntry)]
     exact = pack_raw([raw[e.name] for e in raw_entries]) if raw_entries else b""
     if raw_entries:
         sections.append(Section("r", len(raw_entries), 0, exact))
-    container = Container(step, tuple(entries), tuple(sections), metadata or {})
+    container = Container(step, tuple(entries), tuple(sections), metadata())
     return EncodedFile(write_container(container), tensor_bits, section_bytes, len(exact))
 
 
@@ -217,16 +237,22 @@ def _coded(entry: CodedEntry | BatchNormEntry, planes: list[IntArray]) -> Coded:
     return CodedTensor(entry, next(rest).reshape(entry.rows, entry.columns), rows, columns, basis)
 
 
-def _sections(entries: Sequence[CodedEntry | BatchNormEntry]) -> list[list[CodedEntry | BatchNormEntry]]:
-    """Runs of consecutive entries, each closed once it has SECTION_VALUES values."""
-    sizes = [sum(rows * columns for rows, columns, *_ in plane_shapes(e)) for e in entries]
-    cuts = [0]
-    for k, total in enumerate(accumulate(sizes), 1):
-        if total - sum(sizes[: cuts[-1]]) >= SECTION_VALUES:
-            cuts.append(k)
-    if cuts[-1] != len(entries):
-        cuts.append(len(entries))
-    return [list(entries[a:b]) for a, b in pairwise(cuts)]
+def runs(items: Iterable[T], size_of: Callable[[T], int], enough: int) -> Iterator[list[T]]:
+    """Runs of consecutive items, each closed once their sizes add up to `enough`."""
+    run: list[T] = []
+    size = 0
+    for item in items:
+        run.append(item)
+        size += size_of(item)
+        if size >= enough:
+            yield run
+            run, size = [], 0
+    if run:
+        yield run
+
+
+def _num_values(tensor: Coded) -> int:
+    return sum(rows * columns for rows, columns, *_ in plane_shapes(tensor.entry))
 
 
 def _jobs(planes: Sequence[Plane], coder: Coder) -> list[Job]:

@@ -36,6 +36,7 @@ from transquant.stats.metric import METRICS
 from transquant.target_search import TargetSearch
 from transquant.targets import parse_target
 from transquant.transform_choice import ChosenTransform
+from transquant.tuning import LARGE
 from transquant.verification import verify as verify_groups
 from transquant.weights import CodedWeight
 from transquant.work import WorkFolder
@@ -126,11 +127,13 @@ def compress(
     best of them). `coding`: "entropy", or "fixed" for bit depths a group of bands, packed (Young et al.). `coder`: "adaptive", or
     "static" for tables that do not learn: files one to four per cent larger, and faster to decode. `feedback`: closed loop, or
     plain rounding of each coefficient. `trellis`: entropy-coded weights in the closed loop go along the best path of a trellis, or
-    else each is rounded with a dead zone. `overrides`: {name pattern: "exact"} stores matching tensors exactly. `effort` 1 or 2:
-    nothing is tuned on held-back samples; 3 to 9: all is. From 5 on layers are quantized in execution order at last, each making
-    up for the errors of those before (below 7 on at most 512 samples, and not in very large networks); from 6 on trellises have
-    16, 32, 32 and 64 states instead of 8 (64 take three times as long). `forward(model, batch)` and `output(result)` override how
-    a batch is run and what counts. `verify`: measure the closed-form distortion group by group, for the report.
+    else each is rounded with a dead zone. `overrides`: {name pattern: "exact"} stores matching tensors exactly. Above 2²⁴ weights
+    sizes are searched for on a sample of each layer's rows, then met in one or two passes; without calibration such a model may be
+    larger than memory, if it is a path. `effort` 1 or 2: nothing is tuned on held-back samples; 3 to 9: all is. From 5 on layers
+    are quantized in execution order at last, each making up for the errors of those before (below 7 on at most 512 samples, and
+    not in very large networks); from 6 on trellises have 16, 32, 32 and 64 states instead of 8 (64 take three times as long).
+    `forward(model, batch)` and `output(result)` override how a batch is run and what counts. `verify`: measure the closed-form
+    distortion group by group, for the report.
     `work`: a folder for finished parts (`work.WorkFolder`), from which the same call goes on after it was killed; made if
     there is none, and then deleted at the end. `progress(stage, done, total)` is called as work goes on.
 
@@ -282,7 +285,7 @@ def _calibrate(
     layers in execution order, on at most `in_order` of those with statistics."""
     if calibration is None or module is None or metric == "weights":
         return weight_statistics(plan, source.values), None, None
-    batches = list(modules.micro_batches(modules.batches_of(calibration, whole=forward is not None)))
+    batches = list(modules.micro_batches(modules.batches_of(calibration, whole=forward is not None), 4 if plan.work > LARGE else 1))
     pool.processes.agree("calibration samples", batches)
     if len(batches) == 1:
         _log.warning("there is one calibration sample: the distortion is measured on it too, nothing could be held back")

@@ -8,18 +8,22 @@ Every layer depends on c, the `Choice` and its transform alone, so layers run in
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from math import ceil, prod
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from transquant.allocation.steps import first_guess, vector_qp
-from transquant.bitstream import EncodedFile, Job, encode, values
+from transquant.bitstream import EncodedFile, Job, Part, decode, encode, runs, values
 from transquant.choices import IDENTITY, PACKED, Choice, LayerTransform, Method
-from transquant.entropy.lanes import encode_planes
+from transquant.container import read_container
+from transquant.entropy.lanes import decode_planes, encode_planes
 from transquant.entropy.tables import fold_for
 from transquant.fingerprint import fingerprint
 from transquant.grid import global_step, nearest_qp, on_grid, steps
@@ -40,6 +44,7 @@ from transquant.records import (
     FloatArray,
     IntArray,
     LayerStats,
+    Limits,
     Plan,
     RawEntry,
     RawSpec,
@@ -55,6 +60,11 @@ FINEST = 2.0**-64  # scalar c; below it nothing changes, since symbols have thei
 IDLE_VECTOR = 256  # as many weights does a vector's value count for, where calibration never reached it
 METHOD = Method()
 
+# Rules on the number of weights, so that files are the same on small and large machines:
+LARGE = 1 << 24  # above it a model's sample stands for it in searches, and without calibration its symbols are not kept
+SAMPLE = 1 << 20  # weights of a sample, about
+WINDOW = 1 << 23  # values that are quantized, or encoded, before the next are looked at where symbols are not kept
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -67,13 +77,15 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A quantized model at scalar c: everything but its bytes. `distortions`: predicted, by spec name."""
+    """A quantized model at scalar c: everything but its bytes. `distortions`: predicted, by spec name. `file`: of a large model,
+    instead of what would be in `coded`."""
 
     c: float
     step: tuple[int, int]
     entries: tuple[Entry, ...]
     coded: Mapping[str, Coded]
     distortions: Mapping[str, float]
+    file: EncodedFile | None = None
 
     @property
     def predicted(self) -> float:
@@ -83,7 +95,11 @@ class Draft:
     def state(self) -> dict[str, Tensor]:
         """Decoded tensors by key, as a reader would give them, exact ones left out."""
         entries = tuple(e for e in self.entries if not isinstance(e, RawEntry | AliasEntry))
-        arrays = values(Container(self.step, entries, ()), self.coded)
+        coded = self.coded
+        if self.file is not None:
+            container = read_container(self.file.data, Limits(1 << 62, 1 << 62))
+            coded = decode(container, lambda sections: [[decode_planes(*job)[0] for job in s] for s in sections])
+        arrays = values(Container(self.step, entries, ()), coded)
         state = {k: torch.from_numpy(np.array(v)) for k, v in arrays.items()}
         aliases = {e.name: e.of for e in self.entries if isinstance(e, AliasEntry)}
         return state | {name: state[of] for name, of in aliases.items() if of in state}
@@ -109,6 +125,8 @@ class Encoder:
         }
         self.idle_level = _mean_energy(self.layers, source.values)
         self.done: dict[str, CodedWeight] = {}  # weights that are quantized already
+        self.scale = 1.0  # weights of the model to those here, where this is a sample's encoder
+        self.streamed = plan.num_weights > LARGE and stats.metric == "weights"
         self.known: dict[str, bytes] = {}  # fingerprints of weights with their statistics, where results are kept
         self._fingerprint([s.name for s in plan.specs if isinstance(s, WeightSpec)])
 
@@ -118,13 +136,39 @@ class Encoder:
         other.transforms = transforms
         return other
 
+    def sampled(self) -> Encoder:
+        """An encoder of evenly spaced rows of a large model's weights, with their part of the metric; itself where the model is
+        not large. Its files are to the model's as `scale` says, but for what does not depend on the weights."""
+        stride = self.plan.num_weights / SAMPLE
+        if self.plan.num_weights <= LARGE:
+            return self
+        twin, own, specs = copy(self), dict[str, FloatArray](), list[Spec]()
+        twin.layers = {}
+        for spec in self.plan.specs:
+            if isinstance(spec, WeightSpec):
+                height, layer = spec.shape[0] // spec.groups, self.layers[spec.name]
+                kept = np.unique(np.linspace(0, height - 1, ceil(height / stride)).astype(int))
+                g = layer.output_moment[:, kept]
+                g = g if g.ndim == 2 else g[:, :, kept]
+                twin.layers[spec.name] = replace(layer, output_moment=g, input_mean=None)
+                rows = (np.arange(spec.groups)[:, None] * height + kept).reshape(-1)
+                own[spec.name] = self.source.values[spec.name][rows]
+                spec = replace(spec, shape=(len(rows), *spec.shape[1:]))
+            specs.append(spec)
+        twin.plan = replace(self.plan, specs=tuple(specs))
+        twin.source = replace(self.source, values=_overlaid(self.source.values, own))
+        twin.scale, twin.streamed = self.plan.num_weights / twin.plan.num_weights, False
+        twin.known = {}
+        twin._fingerprint(list(twin.layers))
+        return twin
+
     def revised(
         self, values: Mapping[str, FloatArray], means: Mapping[str, FloatArray], done: Mapping[str, CodedWeight]
     ) -> Encoder:
         """The same encoder with other values to code, other means of layers' inputs where those matter, and more weights that
         are quantized already."""
         twin = copy(self)
-        twin.source = replace(self.source, values={**self.source.values, **values})
+        twin.source = replace(self.source, values=_overlaid(self.source.values, values))
         twin.layers = dict(self.layers)
         for name, mean in means.items():
             if self.layers[name].input_mean is not None:
@@ -161,6 +205,8 @@ class Encoder:
     def draft(self, c: float, choice: Choice) -> Draft:
         """Quantize everything with scalar c, rounded to the format's grid."""
         c = on_grid(max(c, FINEST))
+        if self.streamed:
+            return self._written(c, choice)
         todo = [s.name for s in self.plan.specs if isinstance(s, WeightSpec) and s.name not in self.done]
         return self._assembled(self.plan.specs, self.done | self.weights(todo, c, choice), c)
 
@@ -173,20 +219,41 @@ class Encoder:
 
     def _assembled(self, specs: Sequence[Spec], done: Mapping[str, CodedWeight], c: float) -> Draft:
         """A draft of some specs, whose weights are quantized, with scalar c on the format's grid."""
-        step = global_step(c)
-        shifts = {self.absorber(name): w.shift for name, w in done.items() if w.shift is not None}
-        coded: dict[str, Coded] = {}
+        distortions: dict[str, float] = {}
+        parts = list(self._parts(specs, done, c, distortions))
+        coded = {entry.name: tensor for entry, tensor in parts if tensor is not None}
+        return Draft(c, global_step(c), tuple(entry for entry, _ in parts), coded, distortions)
+
+    def _written(self, c: float, choice: Choice) -> Draft:
+        """A draft that is a file already: weights are quantized, encoded and forgotten, some at a time. Nothing may depend on
+        what other weights have become: without calibration nothing does."""
         entries: list[Entry] = []
         distortions: dict[str, float] = {}
+
+        def parts() -> Iterator[Part]:
+            for specs in runs(self.plan.specs, _num_values, WINDOW):
+                names = [s.name for s in specs if isinstance(s, WeightSpec)]
+                for part in self._parts(specs, self.weights(names, c, choice), c, distortions):
+                    entries.append(part[0])
+                    yield part
+
+        file = self._file(global_step(c), parts(), distortions)
+        return Draft(c, global_step(c), tuple(entries), {}, distortions, file)
+
+    def _parts(
+        self, specs: Sequence[Spec], done: Mapping[str, CodedWeight], c: float, distortions: dict[str, float]
+    ) -> Iterator[Part]:
+        """Entries and symbols of some specs, whose weights are quantized; their predicted distortions go to `distortions`."""
+        step = global_step(c)
+        shifts = {self.absorber(name): w.shift for name, w in done.items() if w.shift is not None}
         for spec in specs:
             if isinstance(spec, WeightSpec):
-                coded[spec.name], distortions[spec.name] = done[spec.name].tensor, done[spec.name].distortion
-                entries.append(done[spec.name].tensor.entry)
+                distortions[spec.name] = done[spec.name].distortion
+                yield done[spec.name].tensor.entry, done[spec.name].tensor
             elif isinstance(spec, VectorSpec):
                 qp, symbols, distortions[spec.name] = self._vector(spec.name, spec.name, c, step, shifts.get(spec.name))
                 entry = CodedEntry(spec.name, spec.shape, spec.dtype, qp)
-                coded[spec.name] = CodedTensor(entry, symbols.reshape(entry.rows, entry.columns))
-                entries.append(entry)
+                yield entry, CodedTensor(entry, symbols.reshape(entry.rows, entry.columns))
             elif isinstance(spec, BatchNormSpec):
                 scale = self._vector(f"{spec.name}.scale", spec.key("weight"), c, step)
                 extra = shifts.get(f"{spec.name}.shift")
@@ -194,23 +261,32 @@ class Encoder:
                     extra = self.source.values[f"{spec.name}.scale"] * extra
                 shift = self._vector(f"{spec.name}.shift", spec.key("bias"), c, step, extra)
                 norm = BatchNormEntry(spec.name, spec.channels, spec.dtype, (scale[0], shift[0]), spec.eps, spec.batches_tracked)
-                coded[spec.name] = CodedBatchNorm(norm, scale[1], shift[1])
                 distortions[spec.name] = scale[2] + shift[2]
-                entries.append(norm)
+                yield norm, CodedBatchNorm(norm, scale[1], shift[1])
             elif isinstance(spec, RawSpec):
-                entries.append(RawEntry(spec.name, spec.shape, spec.dtype))
+                yield RawEntry(spec.name, spec.shape, spec.dtype), None
             elif isinstance(spec, AliasSpec):
-                entries.append(AliasEntry(spec.name, spec.of))
-        return Draft(c, step, tuple(entries), coded, distortions)
+                yield AliasEntry(spec.name, spec.of), None
 
     def encode(self, draft: Draft) -> EncodedFile:
         """The file of a draft, with what `inspect` tells of its distortion in the metadata."""
-        metadata = write_distortions(self.stats.metric, draft.distortions)
+        if draft.file is not None:
+            return draft.file
+        return self._file(draft.step, ((e, draft.coded.get(e.name)) for e in draft.entries), draft.distortions)
 
-        def encode_streams(jobs: Sequence[Job]) -> list[tuple[bytes, list[float]]]:
-            return self.pool.map(lambda job: encode_planes(*job), jobs, "section", lambda job: job)
+    def _file(self, step: tuple[int, int], parts: Iterable[Part], distortions: Mapping[str, float]) -> EncodedFile:
+        """The file of parts that are taken one after the other."""
 
-        return encode(draft.step, draft.entries, draft.coded, self.source.raw, encode_streams, self.method.coder, metadata)
+        def encode_streams(jobs: Iterable[Job]) -> Iterator[tuple[bytes, list[float]]]:
+            for some in runs(jobs, lambda job: sum(plane.symbols.size for plane in job[0]), WINDOW):
+                encoded = self.pool.map(lambda job: encode_planes(*job), some, "section", lambda job: job)
+                some.clear()
+                yield from encoded
+
+        def metadata() -> Mapping[str, str]:
+            return write_distortions(self.stats.metric, distortions)
+
+        return encode(step, parts, self.source.raw, encode_streams, self.method.coder, metadata)
 
     def first_guess(self, target_bytes: float) -> float:
         """A scalar c whose file has about that size."""
@@ -264,11 +340,23 @@ class Encoder:
         return qp, symbols, float(np.sum(sensitivity.reshape(-1) * error**2))
 
 
+def _num_values(spec: Spec) -> int:
+    return prod(spec.shape) if isinstance(spec, WeightSpec) else 0
+
+
+def _overlaid(values: Mapping[str, FloatArray], others: Mapping[str, FloatArray]) -> Mapping[str, FloatArray]:
+    """Values of which some are others."""
+    return ChainMap(dict(others), cast(Any, values))
+
+
 def _mean_energy(layers: Mapping[str, LayerStats], values: Mapping[str, FloatArray]) -> float:
     """Distortion of an error as large as a weight itself: mean over the weights that calibration reached, or 1."""
-    energies = {name: float(np.sum(values[name] ** 2)) * _mean_level(layer) for name, layer in layers.items()}
-    count = sum(values[name].size for name, energy in energies.items() if energy > 0)
-    return sum(energies.values()) / count if count else 1.0
+    total, count = 0.0, 0
+    for name, layer in layers.items():
+        weight = values[name]
+        energy = float(np.sum(weight**2)) * _mean_level(layer)
+        total, count = total + energy, count + weight.size * (energy > 0)
+    return total / count if count else 1.0
 
 
 def _mean_level(stats: LayerStats) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from hashlib import blake2b
 from typing import Any
@@ -41,16 +41,17 @@ def _feed_parts(hasher: Any, value: object, above: set[int]) -> None:
         _text(hasher, "cycle")
         return
     above = above | {id(value)}
-    children: list[object]
-    if isinstance(value, Mapping):
-        children = [part for pair in value.items() for part in pair]
+    children: Iterable[object]
+    if isinstance(value, Mapping):  # one after the other: they may be read when they are asked for
+        number, children = 2 * len(value), (part for pair in value.items() for part in pair)
     elif isinstance(value, list | tuple):
-        children = list(value)
+        number, children = len(value), value
     elif is_dataclass(value):
-        children = [getattr(value, f.name) for f in fields(value)]
+        number, children = len(fields(value)), (getattr(value, f.name) for f in fields(value))
     else:
-        children = [part for pair in getattr(value, "__dict__", {}).items() for part in pair]
-    _text(hasher, f"{type(value).__qualname__} of {len(children)}")
+        attributes = getattr(value, "__dict__", {})
+        number, children = 2 * len(attributes), (part for pair in attributes.items() for part in pair)
+    _text(hasher, f"{type(value).__qualname__} of {number}")
     for child in children:
         _feed(hasher, child, above)
 

@@ -315,6 +315,11 @@ class Plan:
     original_bytes: int
 
     @property
+    def num_weights(self) -> int:
+        """Values that are coded as matrices."""
+        return sum(prod(s.shape) for s in self.specs if isinstance(s, WeightSpec))
+
+    @property
     def work(self) -> float:
         """Multiply–adds of one quantization pass with feedback: rows · columns · (rows + columns) of each weight."""
         sides = [(s.shape[0], prod(s.shape[1:])) for s in self.specs if isinstance(s, WeightSpec)]

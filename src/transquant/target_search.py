@@ -13,7 +13,6 @@ from transquant.allocation.search import Closest, largest_feasible, meet_size, s
 from transquant.choices import Choice
 from transquant.encoder import Draft, Encoder
 from transquant.errors import InputError, TargetError
-from transquant.records import WeightSpec
 from transquant.refinement import refine
 from transquant.stats import PairedNetworks, Reference, copy_model
 from transquant.targets import Target
@@ -25,6 +24,7 @@ _log = logging.getLogger("transquant")
 COARSEST = 2.0**100  # a scalar c at which every symbol is zero
 FAITHFUL = Choice(rate=1.0, shrink=1.0)  # where the weights' own error is the metric, theory holds to the letter
 PASSES = 5  # through all layers in execution order, at most, until the size is met
+NEARBY = 0.125  # octaves of c over which the slope of a large model's size is taken
 ROUGH = 0.05  # of the target's size: near enough to choose transforms
 
 Progress = Callable[[str, int, int], None]
@@ -49,8 +49,9 @@ class TargetSearch:
         self.transforms: dict[str, ChosenTransform] = {}
         self._float_score: float | None = None
         self.scores: tuple[float, float] | None = None  # of the float model and of the final draft, for a target of that kind
-        weights = [encoder.source.values[s.name] for s in encoder.plan.specs if isinstance(s, WeightSpec)]
-        self.num_values = sum(w.size for w in weights)
+        self.num_values = encoder.plan.num_weights
+        self.sample = encoder.sampled()  # stands for the encoder where drafts are many
+        self.smallest = 0  # bytes of its coarsest file
         self.slope = self.num_values / 10  # −d bytes / d log2 c; every search for a size corrects it for the next
 
     def run(self) -> tuple[Draft, Choice]:
@@ -73,15 +74,20 @@ class TargetSearch:
     def _choose_transforms(self, c: float, choice: Choice) -> None:
         """From here on the encoder uses the transforms that are best at c, or those that were asked for."""
         self.say("transforms", 0, 1)
-        self.transforms = choose_transforms(self.encoder, c, choice)
-        self.encoder = self.encoder.transformed(transforms_of(self.transforms))
+        self.transforms = choose_transforms(self.encoder, c, choice, self.sample)
+        transforms = transforms_of(self.transforms)
+        whole = self.sample is self.encoder
+        self.encoder = self.encoder.transformed(transforms)
+        # of a sample there are only some rows: nothing can be said of a transform over them
+        some = {name: t for name, t in transforms.items() if t.axis != "r"}
+        self.sample = self.encoder if whole else self.sample.transformed(some)
         self.say("transforms", 1, 1)
 
     def _rough(self, choice: Choice, start: float) -> float:
         """A scalar c whose file is near the target."""
         target = self.target.value
         return meet_size(
-            lambda c: self.size(self.encoder.draft(c, choice)), (1 + ROUGH) * target, 2 * ROUGH * target, start,
+            lambda c: self._expected(c, choice), (1 + ROUGH) * target, 2 * ROUGH * target, start,
             self.num_values / 10, max_steps=4,
         ).c  # fmt: skip
 
@@ -91,10 +97,27 @@ class TargetSearch:
 
     def _start(self, target_bytes: float) -> float:
         """A first c; raises TargetError if even the coarsest file is larger than asked."""
-        smallest = self.size(self.encoder.draft(COARSEST, Choice()))
-        if smallest > target_bytes:
-            raise TargetError(f"a file of {target_bytes:.0f} bytes cannot be reached: the smallest takes {smallest} bytes")
-        return self.encoder.first_guess(max(target_bytes - smallest, 1))
+        self.smallest = self._sample_size(COARSEST, Choice())
+        if self.smallest > target_bytes:
+            raise TargetError(f"a file of {target_bytes:.0f} bytes cannot be reached: the smallest takes {self.smallest} bytes")
+        return self.sample.first_guess(max(target_bytes - self.smallest, 1) / self.sample.scale)
+
+    def _sample_size(self, c: float, choice: Choice) -> int:
+        return len(self.sample.encode(self.sample.draft(c, choice)).data)
+
+    def _expected(self, c: float, choice: Choice) -> int:
+        """Bytes of the file at c, of a large model from its sample: what the weights take grows with their number."""
+        return round(self.smallest + (self._sample_size(c, choice) - self.smallest) * self.sample.scale)
+
+    def _foreseen(self, choice: Choice, start: float) -> float:
+        """Where to look for the c that meets the size, and how sizes fall with it; of a large model from its sample, so that the
+        model itself is quantized once or twice."""
+        if self.sample is self.encoder:
+            return start
+        c = meet_size(lambda c: self._expected(c, choice), self.target.value, 0.4 * self.target.slack, start, self.slope).c
+        near = c * 2**NEARBY
+        self.slope = max((self._expected(c, choice) - self._expected(near, choice)) / NEARBY, 1.0)
+        return c
 
     def _tuned(self, choice: Choice, target_bytes: float, start: float) -> tuple[Choice, float]:
         if self.reference is None or self.effort < 3:
@@ -111,6 +134,7 @@ class TargetSearch:
     def _meet_bytes(self, choice: Choice, start: float) -> tuple[Draft, Choice]:
         """The largest draft that fits, and the choice that it was made with."""
         closest: Closest[tuple[Draft, Choice]] = Closest(self.target.value)
+        start = self._foreseen(choice, start)
         tries = 0
 
         def search(choice: Choice, start: float, max_steps: int) -> float:

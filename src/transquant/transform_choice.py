@@ -49,14 +49,14 @@ class ChosenTransform:
     gain: float
 
 
-def choose_transforms(encoder: Encoder, c: float, choice: Choice) -> dict[str, ChosenTransform]:
-    """The transform of every layer that gets one, at scalar c."""
+def choose_transforms(encoder: Encoder, c: float, choice: Choice, sample: Encoder) -> dict[str, ChosenTransform]:
+    """The transform of every layer that gets one, at scalar c; `sample`: the encoder's, on which λ is measured."""
     specs = [s for s in encoder.plan.specs if isinstance(s, WeightSpec) and _measured(encoder.layers[s.name])]
     specs.sort(key=lambda s: -np.prod(s.shape[:1]) * np.prod(s.shape))
     values, layers, method = encoder.source.values, encoder.layers, encoder.method
-    candidates = {s.name: _candidates(s, values[s.name].shape, layers[s.name], method) for s in specs}
+    candidates = {s.name: _candidates(s, layers[s.name], method) for s in specs}
     open_ones = [s for s in specs if len(candidates[s.name]) > 1]
-    price = exchange_rate(encoder, c, choice) if open_ones else 0.0
+    price = exchange_rate(sample, c, choice) if open_ones else 0.0
     found = encoder.pool.map(
         lambda s: _choose(s, values[s.name], layers[s.name], candidates[s.name], c, price, choice, method), open_ones,
         "transform", lambda s: (encoder.known[s.name], candidates[s.name], c, price, choice, method),
@@ -80,11 +80,11 @@ def _choose(
 ) -> ChosenTransform:  # fmt: skip
     forced = method.transform != "auto"
     part, values, moments = _sample(spec, weight, stats, any(t.axis == "r" for t in candidates))
-    costs: dict[LayerTransform, float] = {}
-    for candidate in candidates:
-        if candidate.kind != "i" and not forced and not _promising(part, values, moments, candidate, c):
-            continue
-        costs[candidate] = _bits(part, values, moments, c, price, choice, candidate, method) / values.size
+    promising = {t.axis: forced or _promising(part, values, moments, t.axis, c) for t in candidates if t.kind in ("k", "e")}
+    tried = [t for t in candidates if promising.get(t.axis, True) or t.kind not in ("k", "e")]
+    if len(tried) == 1:
+        return ChosenTransform(tried[0], 0.0)
+    costs = {t: _bits(part, values, moments, c, price, choice, t, method) / values.size for t in tried}
     best = min(costs, key=lambda t: costs[t])
     if best.kind in ("k", "e") and not _large(spec) and method.coding == "entropy" and method.feedback:
         for bits in BASIS_BITS:
@@ -95,11 +95,11 @@ def _choose(
     return ChosenTransform(best, costs[candidates[0]] - costs[best] if candidates[0].kind == "i" else 0.0)
 
 
-def _candidates(spec: WeightSpec, matrix: tuple[int, ...], stats: LayerStats, method: Method) -> list[LayerTransform]:
+def _candidates(spec: WeightSpec, stats: LayerStats, method: Method) -> list[LayerTransform]:
     """What may be tried on a layer; one where it is forced. Grouped layers share no rows, blocks of moments no columns."""
     packed = method.coding == "fixed"
     none = IDENTITY if not packed else LayerTransform("i", _axis(spec, method.axis or "input"))
-    if method.transform == "identity" or stats.input_moment.ndim == 4 or min(matrix) == 0:
+    if method.transform == "identity" or stats.input_moment.ndim == 4 or min(spec.shape) == 0:
         return [none]
     if method.transform == "auto" and _large(spec):
         return [none, *(LayerTransform(kind, "k") for kind in LIKELY if _fits(spec, "k", stats))]
@@ -146,12 +146,10 @@ def _sample(spec: WeightSpec, weight: FloatArray, stats: LayerStats, whole: bool
     return replace(spec, shape=(len(kept), *spec.shape[1:])), weight[kept], replace(stats, output_moment=g)
 
 
-def _promising(spec: WeightSpec, weight: FloatArray, stats: LayerStats, transform: LayerTransform, c: float) -> bool:
-    """Whether the spread of the bands' energies is worth more bits than the basis, by the rate of Gaussian bands."""
-    layout = Layout(transform.axis, spec.shape[0], spec.shape[1], int(np.prod(spec.shape[2:])))
+def _promising(spec: WeightSpec, weight: FloatArray, stats: LayerStats, axis: Axis, c: float) -> bool:
+    """Whether the spread of the bands' energies is worth more bits than a basis, by the rate of Gaussian bands."""
+    layout = Layout(axis, spec.shape[0], spec.shape[1], int(np.prod(spec.shape[2:])))
     bands = layout.bands(weight)
-    if transform.kind == "d":
-        return True
     moments = zip(stats.input_moment, stats.output_moment, strict=True)
     sensitivity = np.mean([mean_diagonal(a) * mean_diagonal(g) for a, g in moments])
     gain = 17 * float(sensitivity) / (c * c)  # as in allocation.first_guess

@@ -82,6 +82,7 @@ def code_weight(
     part = _fixed if coding == "f" else _entropy_coded
     tensor, frame, decoded = part(entry, weight, moments, damped, variance, c, step, choice, transform, method)
     error = weight - (decoded if frame is None else frame.synthesize(decoded))
+    del decoded  # matrices are large
     shift = None if stats.input_mean is None else np.zeros((len(moments), len(weight) // len(moments)))
     distortion = 0.0
     for k, block in enumerate(error.reshape(len(moments), -1, weight.shape[1])):
@@ -304,13 +305,12 @@ def _quantize_groups(
             block = rows, slice(b * width, (b + 1) * width)
             target = np.ascontiguousarray(coeffs[block])
             limits = None if depths is None else np.ascontiguousarray(depths[block])
-            size = np.ascontiguousarray(sizes[block])
-            paths = None
+            size, paths = sizes[block], None
             if trellis is not None:
-                level = output_factor.diagonal[:, None] * input_factor.diagonal[None, block[1]]
-                paths = Paths(trellis, rows, b * width, level * size**2 / bit, expected_levels(target / size))
+                costs = output_factor.diagonal, input_factor.diagonal[block[1]]
+                paths = Paths(trellis, rows, b * width, *costs, bit, expected_levels(target / size))
             symbols[block], error = quantize_feedback(target, size, left, right, rounding, limits, paths)
-            decoded[block] = target - error
+            np.subtract(target, error, out=decoded[block])
     return symbols, decoded
 
 

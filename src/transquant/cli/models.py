@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transquant.modules import install
 from transquant.modules.files import load_safetensors
 
 
-def load_model(model: str | None, weights: Path | None) -> nn.Module | dict[str, Tensor]:
+def load_model(model: str | None, weights: Path | None) -> nn.Module | Mapping[str, Tensor]:
     """The module of FILE.py:FACTORY with the weights of a .safetensors file in it; the file's tensors where no model is
     named. Raises InputError."""
     if model is None:
@@ -30,7 +31,7 @@ def load_model(model: str | None, weights: Path | None) -> nn.Module | dict[str,
     if not isinstance(module, nn.Module):
         raise InputError(f"the factory of --model {model} returned a {type(module).__name__}, expected an nn.Module")
     if weights is not None:
-        state = load_safetensors(weights)
+        state = dict(load_safetensors(weights))
         for key, value in module.state_dict().items():  # files often leave BatchNorm's counters out
             if key.endswith("num_batches_tracked"):
                 state.setdefault(key, value)

@@ -125,9 +125,12 @@ def magnitude_laws(sizes: int) -> np.ndarray:
 
 def expected_levels(scaled: np.ndarray) -> np.ndarray:
     """Levels of the contexts in which entries of a matrix, `scaled` in steps float64 (O, n), will be coded: uint8 (O, n)."""
-    sizes = np.floor(np.minimum(np.abs(scaled), 1e6) + 0.4)
-    mean = 128 * (sizes.mean(1, keepdims=True) + sizes.mean(0, keepdims=True))
-    return np.asarray(LEVEL_OF[np.minimum(mean, 2047).astype(np.int64)], np.uint8)
+    sizes = np.abs(scaled)  # and the rest in place: matrices are large
+    np.floor(np.add(np.minimum(sizes, 1e6, out=sizes), 0.4, out=sizes), out=sizes)
+    mean = np.add(sizes.mean(1, keepdims=True), sizes.mean(0, keepdims=True), out=sizes)
+    mean *= 128
+    levels: np.ndarray = LEVEL_OF.astype(np.uint8)[np.minimum(mean, 2047, out=mean).astype(np.int16)]
+    return levels
 
 
 FULL_ROWS = 512  # rows that keep a vectorised reader busy

@@ -73,8 +73,9 @@ def batches_of(calibration: Iterable[Any], whole: bool = False) -> list[Any]:
     return batches
 
 
-def micro_batches(batches: Iterable[Any]) -> Iterator[Any]:
-    """Split batches along their first dimension into micro-batches whose size depends on the samples alone.
+def micro_batches(batches: Iterable[Any], part: int = 1) -> Iterator[Any]:
+    """Split batches along their first dimension into micro-batches whose size depends on the samples alone; smaller by `part`
+    for networks that take much memory.
 
     A batch that is no tensor, nor a mapping of tensors of one length, is passed on whole. Tensors of one shape are
     joined first, so the user's batch size does not matter."""
@@ -82,19 +83,19 @@ def micro_batches(batches: Iterable[Any]) -> Iterator[Any]:
     for batch in batches:
         if isinstance(batch, Tensor) and batch.ndim > 0:
             if held and held[0].shape[1:] != batch.shape[1:]:
-                yield from _cut(torch.cat(held))
+                yield from _cut(torch.cat(held), part)
                 held = []
             held.append(batch)
             continue
         tensors = list(_leaves(batch))
         lengths = {len(t) if t.ndim else -1 for t in tensors}
         if isinstance(batch, Mapping) and len(lengths) == 1 and len(tensors) == len(batch) and lengths != {-1}:
-            (length,), size = lengths, _size(tensors[0])
+            (length,), size = lengths, _size(tensors[0], part)
             yield from ({k: v[a : a + size] for k, v in batch.items()} for a in range(0, length, size))
         else:
             yield batch
     if held:
-        yield from _cut(torch.cat(held))
+        yield from _cut(torch.cat(held), part)
 
 
 def num_samples(batch: Any) -> int:
@@ -103,16 +104,16 @@ def num_samples(batch: Any) -> int:
     return len(first) if first is not None and first.ndim else 1
 
 
-def _cut(tensor: Tensor) -> list[Tensor]:
-    size = max(1, min(_size(tensor), len(tensor) // 5))  # few samples: still one in five can be held back
+def _cut(tensor: Tensor, part: int) -> list[Tensor]:
+    size = max(1, min(_size(tensor, part), len(tensor) // 5))  # few samples: still one in five can be held back
     cuts = list(range(0, len(tensor), size))
     if len(cuts) > 1 and len(tensor) - cuts[-1] == 1:  # a lone sample joins: some layers refuse a batch of one
         cuts.pop()
     return [tensor[a:b] for a, b in zip(cuts, [*cuts[1:], len(tensor)], strict=True)]
 
 
-def _size(tensor: Tensor) -> int:
-    return 32 if tensor[:1].numel() <= SMALL_INPUT else 8
+def _size(tensor: Tensor, part: int) -> int:
+    return (32 if tensor[:1].numel() <= SMALL_INPUT else 8) // part
 
 
 def _tensor(result: Any) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -10,23 +12,41 @@ from torch import Tensor
 
 from transquant.records import BatchNormSpec, FloatArray, Plan, RawSpec, VectorSpec, WeightSpec
 
+T = TypeVar("T")
 
-def gather(plan: Plan, state: Mapping[str, Tensor]) -> tuple[dict[str, FloatArray], dict[str, bytes]]:
+
+class OnDemand(Mapping[str, T]):
+    """Values that are made whenever they are asked for, and kept nowhere: all of them may be larger than memory."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], T]]) -> None:
+        self._makers = makers
+
+    def __getitem__(self, name: str) -> T:
+        return self._makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+
+def gather(plan: Plan, state: Mapping[str, Tensor]) -> tuple[Mapping[str, FloatArray], Mapping[str, bytes]]:
     """(values, raw): float64 by name, weights as (O, n), vectors flat, a BatchNorm's "<name>.scale" and "<name>.shift" (C,);
-    and the little-endian bytes of the exact tensors."""
-    values: dict[str, FloatArray] = {}
-    raw: dict[str, bytes] = {}
+    and the little-endian bytes of the exact tensors. Weights and bytes are taken from the state dict when they are asked for."""
+    values: dict[str, Callable[[], FloatArray]] = {}
+    raw: dict[str, Callable[[], bytes]] = {}
     for spec in plan.specs:
         if isinstance(spec, WeightSpec):
-            values[spec.name] = _array(state[spec.name]).reshape(spec.shape[0], -1)
+            values[spec.name] = partial(_matrix, state, spec)
         elif isinstance(spec, VectorSpec):
-            values[spec.name] = _array(state[spec.name]).reshape(-1)
+            values[spec.name] = partial(_same, _array(state[spec.name]).reshape(-1))
         elif isinstance(spec, BatchNormSpec):
-            scale, shift = batchnorm_equivalent(spec, state)
-            values[f"{spec.name}.scale"], values[f"{spec.name}.shift"] = scale, shift
+            for part, vector in zip(("scale", "shift"), batchnorm_equivalent(spec, state), strict=True):
+                values[f"{spec.name}.{part}"] = partial(_same, vector)
         elif isinstance(spec, RawSpec):
-            raw[spec.name] = _bytes(state[spec.name].to(getattr(torch, spec.dtype)))
-    return values, raw
+            raw[spec.name] = partial(_exact, state, spec)
+    return OnDemand(values), OnDemand(raw)
 
 
 def batchnorm_equivalent(spec: BatchNormSpec, state: Mapping[str, Tensor]) -> tuple[FloatArray, FloatArray]:
@@ -34,6 +54,18 @@ def batchnorm_equivalent(spec: BatchNormSpec, state: Mapping[str, Tensor]) -> tu
     weight, bias, mean, variance = (_array(state[spec.key(k)]) for k in ("weight", "bias", "running_mean", "running_var"))
     scale = weight / np.sqrt(variance + spec.eps)
     return scale, bias - mean * scale
+
+
+def _matrix(state: Mapping[str, Tensor], spec: WeightSpec) -> FloatArray:
+    return _array(state[spec.name]).reshape(spec.shape[0], -1)
+
+
+def _exact(state: Mapping[str, Tensor], spec: RawSpec) -> bytes:
+    return _bytes(state[spec.name].to(getattr(torch, spec.dtype)))
+
+
+def _same(value: T) -> T:
+    return value
 
 
 def _array(tensor: Tensor) -> FloatArray:

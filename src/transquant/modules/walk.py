@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from transquant.errors import InputError
+from transquant.modules.files import TensorFile
 from transquant.modules.kinds import BATCHNORMS, KINDS, Place, groups_of, is_vector, is_weight, kind_of, place
 from transquant.records import AliasSpec, BatchNormSpec, Plan, RawSpec, Spec, Use, VectorSpec, WeightSpec
 
@@ -32,7 +33,7 @@ def plan_model(model: nn.Module) -> Plan:
     first_names: dict[object, str] = {}
     batchnorms: set[str] = set()
     total = 0
-    state = _tensors(model.state_dict(keep_vars=True))
+    state = dict(_tensors(model.state_dict(keep_vars=True)))
     users: dict[object, set[int]] = {}  # modules that hold a tensor
     for key, value in state.items():
         users.setdefault(_identity(value), set()).add(id(owners.get(key.rpartition(".")[0])))
@@ -69,15 +70,17 @@ def plan_model(model: nn.Module) -> Plan:
 
 
 def plan_state_dict(state: Mapping[str, Tensor]) -> Plan:
-    """The plan of a state dict without its modules: matrices are coded, all else is exact. Raises InputError."""
+    """The plan of a state dict without its modules: matrices are coded, all else is exact. Tensors are looked at one by one;
+    those of a `TensorFile` are gone again before the next comes. Raises InputError."""
     specs: list[Spec] = []
     first_names: dict[object, str] = {}
     total = parameters = 0
-    for key, value in _tensors(state).items():
-        if (first := first_names.get(_identity(value))) is not None:
+    for key, value in _tensors(state):
+        identity = key if isinstance(state, TensorFile) else _identity(value)
+        if (first := first_names.get(identity)) is not None:
             specs.append(AliasSpec(key, first))
             continue
-        first_names[_identity(value)] = key
+        first_names[identity] = key
         total += value.numel() * value.element_size()
         if value.is_floating_point() and key.rpartition(".")[2] not in ("running_mean", "running_var"):
             parameters += value.numel()
@@ -154,9 +157,8 @@ def _batchnorm(name: str, module: nn.Module) -> BatchNormSpec:
     return BatchNormSpec(name, module.num_features, dtype_name(module.weight), float(module.eps), count)  # type: ignore[arg-type]
 
 
-def _tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict's tensors, checked."""
-    result: dict[str, Tensor] = {}
+def _tensors(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The state dict's tensors by name, checked."""
     for key, value in state.items():
         if not isinstance(key, str) or not 0 < len(key.encode("utf-8", "replace")) <= 512 or not key.isprintable():
             raise InputError(f"a tensor is named {key!r:.100}, allowed are 1 to 512 bytes of printable text")
@@ -172,8 +174,7 @@ def _tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise InputError(f"tensor {key!r} has {value.ndim} dimensions, allowed are at most 8")
         if (value.is_floating_point() or value.is_complex()) and not bool(torch.isfinite(value.detach()).all()):
             raise InputError(f"tensor {key!r} has NaN or infinite values; weights must be finite")
-        result[key] = value
-    return result
+        yield key, value
 
 
 def _identity(tensor: Tensor) -> object:

@@ -43,13 +43,22 @@ class Rounding:
 @dataclass(frozen=True, slots=True)
 class Paths:
     """What a trellis needs of a matrix: itself, which of its tensor's `rows` they are, in which column of the tensor they
-    begin; float64 (O, n), the bits that an error of one step is `worth`; uint8 (O, n), the `levels` of the coder's contexts."""
+    begin; what the square of an error costs, the product of `row_cost` float64 (O,) and `column_cost` float64 (n,), and the
+    cost of a `bit`; uint8 (O, n), the `levels` of the coder's contexts."""
 
     trellis: Trellis
     rows: slice
     first_column: int
-    worth: FloatArray
+    row_cost: FloatArray
+    column_cost: FloatArray
+    bit: float
     levels: NDArray[np.uint8]
+
+    def worth(self, block: tuple[slice, slice], step_size: FloatArray) -> FloatArray:
+        """Bits that an error of one step is worth in a block of the matrix, from the block's steps."""
+        level = self.row_cost[block[0], None] * self.column_cost[None, block[1]]
+        worth: FloatArray = level * step_size**2 / self.bit
+        return worth
 
 
 def quantize_feedback(
@@ -72,7 +81,8 @@ def quantize_feedback(
     if depths is None:
         depths = np.broadcast_to(np.int8(UNLIMITED), weight.shape)
     if output_factor is None and input_factor is None and paths is None:
-        _round(weight, step_size, np.ascontiguousarray(depths), rounding.dead_zone, *_shrink(rounding), symbols, error)
+        sizes, limits = np.ascontiguousarray(step_size), np.ascontiguousarray(depths)
+        _round(weight, sizes, limits, rounding.dead_zone, *_shrink(rounding), symbols, error)
         return symbols, error
     if output_factor is None and input_factor is None and paths is not None:
         _follow_freely(weight, step_size, rounding, paths, symbols, error)
@@ -96,7 +106,7 @@ def quantize_feedback(
             within = left[top:bottom, top:bottom].contiguous().numpy()
             if paths is not None:
                 done = paths.trellis.block(
-                    target.numpy(), own, sizes, np.ascontiguousarray(paths.worth[block]), np.ascontiguousarray(paths.levels[block]),
+                    target.numpy(), own, sizes, paths.worth(block, sizes), np.ascontiguousarray(paths.levels[block]),
                     within, inside.numpy(), slice(paths.rows.start + top, paths.rows.start + bottom), _shrink(rounding),
                 )  # fmt: skip
             else:
@@ -120,7 +130,7 @@ def _follow_freely(
             top = max(0, bottom - BLOCK)
             block = slice(top, bottom), slice(begin, stop)
             own, sizes = np.ascontiguousarray(weight[block]), np.ascontiguousarray(step_size[block])
-            worth, levels = np.ascontiguousarray(paths.worth[block]), np.ascontiguousarray(paths.levels[block])
+            worth, levels = paths.worth(block, sizes), np.ascontiguousarray(paths.levels[block])
             rows = slice(paths.rows.start + top, paths.rows.start + bottom)
             symbols[block], error[block] = paths.trellis.block(own, own, sizes, worth, levels, None, None, rows, _shrink(rounding))
 

@@ -85,7 +85,11 @@ def diagonal(moment: FloatArray) -> FloatArray:
 def regularise(moment: FloatArray, amount: float) -> FloatArray:
     """moment + amount · (mean diagonal) · I; moment (n,), (n, n) or (b, m, m)."""
     extra = amount * mean_diagonal(moment)
-    return moment + extra if moment.ndim == 1 else moment + extra * np.eye(moment.shape[-1])
+    if moment.ndim == 1:
+        return moment + extra
+    raised = moment.copy()
+    np.einsum("...ii->...i", raised)[...] += extra
+    return raised
 
 
 def factor(moment: FloatArray, upper: bool = False) -> Factor:
@@ -117,4 +121,4 @@ def quadratic_form(error: FloatArray, input_moment: FloatArray, output_moment: F
     else:
         right = e * a if a.ndim == 1 else e @ a
     left = e * g[:, None] if g.ndim == 1 else g @ e
-    return float((left * right).sum())
+    return float(left.mul_(right).sum())  # in place: matrices are large

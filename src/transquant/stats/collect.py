@@ -86,11 +86,15 @@ def _statistics(
     for first in range(0, len(mine), len(collectors)):
         chunk = [(k, batches[k]) for k in mine[first : first + len(collectors)]]
         jobs = zip(collectors, chunk, strict=False)
-        for (k, _), partial in zip(chunk, pool.own(lambda job: job[0].partial(*job[1], metric, seed), jobs), strict=True):
-            if k < num_folds:
-                own[k] = partial
-            else:
-                own[k % num_folds].add(partial)
+        partials = pool.own(lambda job: job[0].partial(*job[1], metric, seed), jobs)
+        by_fold: dict[int, list[Sums]] = {}
+        for (k, _), partial in zip(chunk, partials, strict=True):
+            by_fold.setdefault(k % num_folds, []).append(partial)
+        additions = [(own.get(fold), later) for fold, later in by_fold.items()]
+        own |= zip(by_fold, pool.own(lambda pair: _added(*pair), additions), strict=True)
+        del partials, partial, by_fold, additions
+        if needed >= FEW_ABOVE:
+            pool.trim()
         if progress:
             progress(min(first + len(collectors), len(mine)), len(mine))
     pieces = [(fold, piece) for fold, sums in own.items() for piece in sums.pieces()]
@@ -106,6 +110,17 @@ def _statistics(
     layers = {s.name: by_name[s.name] for s in weights}
     vectors = {key: (value / total.samples * total.unit).numpy() for key, value in total.vectors.items()}
     return Statistics(layers, vectors, metric, total.samples)
+
+
+def _added(total: Sums | None, partials: list[Sums]) -> Sums:
+    """A fold's sums with those of later micro-batches added."""
+    for partial in partials:
+        if total is None:
+            total = partial.widened()
+        else:
+            total.add(partial)
+    assert total is not None
+    return total
 
 
 class _Collector:
@@ -125,8 +140,6 @@ class _Collector:
     def partial(self, index: int, batch: Any, metric: str, seed: int) -> Sums:
         """Forward, one random direction, backward; sums over the batch."""
         generator = torch.Generator().manual_seed((seed * 1_000_003 + index) % (1 << 63))
-        for parameter in self.parameters.values():
-            parameter.grad = None
         handles: list[Handle] = []
         try:
             for layer in (*self.layers, *self.others):
@@ -149,7 +162,7 @@ class _Collector:
         samples = len(output)
         every = (*self.layers, *self.others)
         seen = {layer.spec.name: layer for layer in every if layer.columns is not None and layer.rows is not None}
-        return Sums(
+        sums = Sums(
             {name: layer.columns.cpu() for name, layer in seen.items() if layer.columns is not None},
             {name: layer.rows.cpu() for name, layer in seen.items() if layer.rows is not None},
             {name: layer.total.cpu() for name, layer in seen.items() if layer.total is not None},
@@ -160,6 +173,11 @@ class _Collector:
             samples,
             unit(output, metric),
         )
+        for layer in every:
+            layer.reset(index)
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        return sums
 
     def _gradient(self, name: str) -> Tensor | None:
         gradient = self.parameters[name].grad

@@ -40,8 +40,9 @@ class Shape:
 
 
 class Moments:
-    """Sums over one micro-batch, filled by a recorder. float64: `columns` (g, n, n), (g, b, m, m) or (g, n); `rows` (g, o, o)
-    or (g, o); `total` (g, n), the sum of the columns where they meet inputs; `positions` (g,), how many columns."""
+    """Sums over one micro-batch, filled by a recorder: `columns` (g, n, n), (g, b, m, m) or (g, n); `rows` (g, o, o)
+    or (g, o); `total` (g, n), the sum of the columns where they meet inputs; `positions` (g,), how many columns. float64, but
+    for matrices that are one product of float32: those stay as they are until something is added."""
 
     def __init__(self, spec: WeightSpec, shape: Shape) -> None:
         self.spec, self.shape = spec, shape
@@ -67,7 +68,7 @@ class Moments:
             moment = x.square().sum(2, dtype=torch.float64)
         else:
             parts = x.reshape(len(x), self.shape.blocks, -1, x.shape[2]) if self.shape.blocks > 1 else x
-            moment = (parts @ parts.transpose(-1, -2)).double()
+            moment = parts @ parts.transpose(-1, -2)
         self.columns = self._plus(self.columns, moment, group)
         if mean:
             self.total = self._plus(self.total, x.sum(2, dtype=torch.float64), group)
@@ -77,9 +78,7 @@ class Moments:
         """y (g, o, P), of one group (1, o, P)."""
         y = y.detach().float()
         full = self.shape.full_output
-        self.rows = self._plus(
-            self.rows, (y @ y.transpose(1, 2)).double() if full else y.square().sum(2, dtype=torch.float64), group
-        )
+        self.rows = self._plus(self.rows, y @ y.transpose(1, 2) if full else y.square().sum(2, dtype=torch.float64), group)
 
     def add_row_squares(self, squares: Tensor) -> None:
         """float64 (g, o): rows that are never used together."""
@@ -88,7 +87,10 @@ class Moments:
     def check(self) -> None:
         """Raises InputError where what was seen so far has NaN or infinite values."""
         for moment in (self.columns, self.rows):
-            if moment is not None and not bool(torch.isfinite(moment).all()):
+            if moment is None:
+                continue
+            squares = moment if moment.ndim == 2 else moment.diagonal(dim1=-2, dim2=-1)  # no product is larger than both
+            if not bool(torch.isfinite(squares).all()):
                 raise InputError(f"layer {self.spec.module!r} has NaN or infinite inputs on a calibration batch")
 
     def _plus(self, total: Tensor | None, part: Tensor, group: int | None) -> Tensor:
@@ -96,7 +98,7 @@ class Moments:
             whole = part.new_zeros((self.shape.groups, *part.shape[1:]))
             whole[group] = part[0]
             part = whole
-        return part if total is None else total + part
+        return part if total is None else total.double() + part
 
 
 def moment_shapes(specs: list[WeightSpec], max_side: int, memory_limit: int) -> dict[str, Shape]:

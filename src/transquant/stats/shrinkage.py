@@ -32,17 +32,17 @@ def cross_validated(sums: Sequence[Tensor], counts: Sequence[Tensor]) -> Tensor:
     result = torch.zeros_like(total)
     for fold in sums:
         vectors = torch.linalg.eigh(total - fold)[1]
-        energies = ((fold @ vectors) * vectors).sum(-2).clamp(min=0)
+        energies = (fold @ vectors).mul_(vectors).sum(-2).clamp(min=0)
         result += (vectors * energies[..., None, :]) @ vectors.transpose(-1, -2)
-    return result / _like(sum(counts[1:], start=counts[0]), total)
+    return result.div_(_like(sum(counts[1:], start=counts[0]), total))
 
 
-def centred_sums(sums: Tensor, totals: Tensor, count: Tensor, mean: Tensor) -> Tensor:
-    """Σ (x − m)(x − m)ᵀ of Σ x xᵀ (g, n, n) or (g, b, m, m), Σ x (g, n), their count (g,) and m (g, n)."""
+def centre(sums: Tensor, totals: Tensor, count: Tensor, mean: Tensor) -> None:
+    """Makes Σ (x − m)(x − m)ᵀ of `sums` Σ x xᵀ (g, n, n) or (g, b, m, m), in place; Σ x (g, n), their count (g,) and m (g, n)."""
     shape = sums.shape[:-1]
     total, about = totals.reshape(shape), mean.reshape(shape)
     cross = total[..., :, None] * about[..., None, :]
-    return sums - cross - cross.transpose(-1, -2) + _like(count, sums) * outer(about)
+    sums.sub_(cross).sub_(cross.transpose(-1, -2)).add_(outer(about).mul_(_like(count, sums)))
 
 
 def outer(vector: Tensor) -> Tensor:

@@ -12,14 +12,15 @@ from torch import Tensor
 
 from transquant.records import FloatArray, LayerStats, WeightSpec
 from transquant.stats.moments import Shape
-from transquant.stats.shrinkage import centred_sums, cross_validated, mean_moment, outer
+from transquant.stats.shrinkage import centre, cross_validated, mean_moment, outer
 
 OWN_SCALE = ("attention",)  # kinds whose groups are so different in use that each has a scale of its own
 
 
 @dataclass(slots=True)
 class Sums:
-    """Over one micro-batch (or, added up, over all): float64 tensors by weight name, squared gradients by key."""
+    """Over one micro-batch (or, added up, over all): float64 tensors by weight name, squared gradients by key. Moments of one
+    micro-batch may be float32."""
 
     columns: dict[str, Tensor]  # moments, as in `Moments`
     rows: dict[str, Tensor]
@@ -45,6 +46,11 @@ class Sums:
             self.energies.setdefault(name, []).extend(values)
         self.unit = (self.unit * self.samples + other.unit * other.samples) / (self.samples + other.samples)
         self.samples += other.samples
+
+    def widened(self) -> Sums:
+        """The same with all moments in float64, so that others can be added."""
+        columns, rows = ({name: m.double() for name, m in part.items()} for part in (self.columns, self.rows))
+        return replace(self, columns=columns, rows=rows)
 
     def without_moments(self) -> Sums:
         """A copy of all that is small."""
@@ -90,7 +96,8 @@ def together(folds: Sequence[Sums]) -> Sums:
 def layer_stats(spec: WeightSpec, folds: Sequence[Sums], total: Sums, shape: Shape, cross_validate: bool = True) -> LayerStats:
     """Moments scaled so that an error that is white costs what the squared gradients say: tr A · tr G = E‖∇W‖².
 
-    `folds`: sums over parts of the samples; `total`: theirs `together`; `cross_validate`: eigenvalues by cross-validation."""
+    `folds`: sums over parts of the samples, out of which the weight's moments are taken; `total`: theirs `together`;
+    `cross_validate`: eigenvalues by cross-validation."""
     name = spec.name
     if name in total.positions:
         input_moment, output_moment = _moments(name, folds, cross_validate)
@@ -129,14 +136,16 @@ def _moments(name: str, folds: Sequence[Sums], cross_validate: bool) -> tuple[Fl
     seen = [h for h in folds if name in h.columns]
     positions = [h.positions[name] for h in seen]
     samples = [torch.full_like(p, h.samples) for h, p in zip(seen, positions, strict=True)]
-    columns, rows = [h.columns[name] for h in seen], [h.rows[name] for h in seen]
+    # out of the folds: moments of all layers together are large, and those that are done need not be kept
+    columns, rows = [h.columns.pop(name) for h in seen], [h.rows.pop(name) for h in seen]
     estimate = cross_validated if cross_validate else mean_moment
     if not cross_validate or name not in seen[0].totals or columns[0].ndim == 2:
         return estimate(columns, positions).numpy(), estimate(rows, samples).numpy()
     totals = [h.totals[name] for h in seen]
     mean = mean_moment(totals, positions)
-    centred = [centred_sums(c, t, p, mean) for c, t, p in zip(columns, totals, positions, strict=True)]
-    moment = estimate(centred, positions) + outer(mean.reshape(columns[0].shape[:-1]))
+    for sums, total, count in zip(columns, totals, positions, strict=True):
+        centre(sums, total, count, mean)
+    moment = estimate(columns, positions).add_(outer(mean.reshape(columns[0].shape[:-1])))
     return moment.numpy(), estimate(rows, samples).numpy()
 
 

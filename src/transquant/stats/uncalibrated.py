@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 
 import numpy as np
 
@@ -17,7 +18,7 @@ def weight_statistics(plan: Plan, values: Mapping[str, FloatArray]) -> Statistic
     as from `modules.gather`. (Steps in proportion to each tensor's own size are far worse: docs/method.md.)"""
     weights = [s for s in plan.specs if isinstance(s, WeightSpec)]
     energy = float(sum(np.sum(values[s.name] ** 2) for s in weights))
-    count = sum(values[s.name].size for s in weights)
+    count = sum(prod(s.shape) for s in weights)
     level = 1 / energy if energy > 0 else 0.0
     layers: dict[str, LayerStats] = {}
     vectors: dict[str, FloatArray] = {}
@@ -28,7 +29,7 @@ def weight_statistics(plan: Plan, values: Mapping[str, FloatArray]) -> Statistic
 
     for spec in plan.specs:
         if isinstance(spec, WeightSpec):
-            rows, columns = values[spec.name].shape
+            rows, columns = spec.shape[0], prod(spec.shape[1:])
             layers[spec.name] = LayerStats(np.ones((1, columns)), np.full((1, rows), level), 0, 0.0, 0.0)
         elif isinstance(spec, VectorSpec):
             add_vector(spec.name, values[spec.name], spec.shape)
