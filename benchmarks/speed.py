@@ -51,9 +51,8 @@ def coder(symbols: np.ndarray, rate: str, kind: str) -> dict[str, float]:
     tensor = CodedTensor(entry, symbols)
 
     def encode() -> bytes:
-        return bitstream.encode(
-            (2048, -20), (entry,), {"weight": tensor}, {}, lambda jobs: [encode_planes(*job) for job in jobs], CODERS[kind]
-        ).data
+        parts = [(entry, tensor)]
+        return bitstream.encode((2048, -20), parts, {}, lambda jobs: [encode_planes(*job) for job in jobs], CODERS[kind]).data
 
     data = encode()
     container = read_container(data)
