@@ -6,7 +6,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from transquant import grid
+from transquant import dequantizer, grid
 from transquant.allocation.search import Closest, largest_feasible, meet_size, slope_of
 from transquant.allocation.steps import Grouping, matrix_steps
 from transquant.entropy import lanes
@@ -16,7 +16,7 @@ from transquant.quantizers.feedback import Paths, Rounding, quantize_feedback
 from transquant.quantizers.metric import Damping, factor, noise_level, quadratic_form, regularise
 from transquant.quantizers.trellis import SIZES, Trellis
 from transquant.records import Plane
-from transquant.trellis_code import TRELLIS_CODES, odd_states
+from transquant.trellis_code import TRELLIS_CODES
 
 
 def moment(rng, side, condition=100.0):
@@ -123,6 +123,25 @@ def test_dequantization_is_exact(rng):
             assert value == np.float32(float(exact))
     with pytest.raises(CorruptFile):
         grid.dequantize(symbols, (4095, 60), grid.total_index(400, None, None, 1), offsets)
+
+
+@pytest.mark.parametrize("state_bits", [0, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize("fold", [1, 3])
+def test_compiled_dequantization_gives_the_same_bits(rng, state_bits, fold):
+    symbols = np.rint(rng.laplace(0, 2, (17, 12 * fold))).astype(np.int32)
+    symbols[0, :3] = 0, (1 << 20) - 1, 1 - (1 << 20)
+    rows, columns = rng.integers(-64, 65, 17).astype(np.int32), rng.integers(-64, 65, 6 * fold).astype(np.int32)
+    for exponent in (-160, -40, -20):  # down to values that are rounded to nothing
+        for t in (
+            grid.total_index(-30, rows, None, 2),
+            grid.total_index(-31, rows, columns, 2),
+            grid.total_index(7, None, None, 1),
+        ):
+            given = symbols, (3001, exponent), t, (9, -13), state_bits, fold
+            plain, compiled = grid.dequantize(*given), dequantizer.dequantize(*given)
+            np.testing.assert_array_equal(plain.view(np.uint32), compiled.view(np.uint32))
+    with pytest.raises(CorruptFile):
+        dequantizer.dequantize(symbols, (4095, 60), grid.total_index(400, None, None, 1), (0, 0), state_bits, fold)
 
 
 def test_global_step_is_the_nearest(rng):
@@ -235,7 +254,7 @@ def test_a_reader_rebuilds_what_the_trellis_meant(rng, state_bits):
     right = factor(moment(rng, 150), upper=True).unit[0]
     symbols, error = trellis_pass(weight, state_bits, 0.5, left, right, bit=0.01, offsets=(5, -6))
     np.testing.assert_allclose(weight - error, rebuilt(symbols, state_bits, 0.5, (5, -6)), atol=1e-12)
-    read = grid.dequantize(symbols, (2048, -12), np.zeros((1, 1), np.int64), (5, -6), odd_states(symbols, state_bits))
+    read = grid.dequantize(symbols, (2048, -12), np.zeros((1, 1), np.int64), (5, -6), state_bits)
     np.testing.assert_array_equal(read, rebuilt(symbols, state_bits, 0.5, (5, -6)).astype(np.float32))
 
 

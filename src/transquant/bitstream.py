@@ -43,7 +43,6 @@ from transquant.records import (
     is_packed,
 )
 from transquant.transforms.exact import synthesize
-from transquant.trellis_code import odd_states
 
 SECTION_VALUES = 1 << 20  # a symbol section is closed once it has this many values
 
@@ -53,6 +52,7 @@ Part = tuple[Entry, Coded | None]  # an entry, and its symbols where it has any
 StreamJob = tuple[bytes, Sequence[PlaneShape], int, Coder]  # of a stream: its bytes, its part of each plane, lanes, section kind
 SectionDecoder = Callable[[Sequence[Sequence[StreamJob]]], list[list[list[IntArray]]]]  # by section, stream and plane
 Job = tuple[Sequence[Plane], int, Coder]  # of a stream: its part of each plane, number of lanes, section kind
+Dequantizer = Callable[[IntArray, tuple[int, int], NDArray[np.int64], tuple[int, int], int, int], NDArray[np.float32]]
 StreamEncoder = Callable[[Iterable[Job]], Iterable[tuple[bytes, list[float]]]]
 
 WEIGHTS, SIDE, VECTORS, BASIS = 0, 1, 2, 3
@@ -141,8 +141,10 @@ def decode(container: Container, decode_sections: SectionDecoder) -> dict[str, C
     return coded
 
 
-def values(container: Container, coded: Mapping[str, Coded]) -> dict[str, NDArray[np.generic]]:
-    """All tensors by state-dict key, in order, in their shapes.
+def values(
+    container: Container, coded: Mapping[str, Coded], dequantizer: Dequantizer = dequantize
+) -> dict[str, NDArray[np.generic]]:
+    """All tensors by state-dict key, in order, in their shapes; `dequantizer` as `grid.dequantize`.
 
     The arrays have the entry's dtype, bfloat16 as float32 with the same values. Raises CorruptFile."""
     raw_entries = [e for e in container.entries if isinstance(e, RawEntry)]
@@ -154,7 +156,7 @@ def values(container: Container, coded: Mapping[str, Coded]) -> dict[str, NDArra
         if isinstance(entry, CodedEntry):
             tensor = coded[entry.name]
             assert isinstance(tensor, CodedTensor)
-            result[entry.name] = to_dtype(tensor_values(tensor, container.step), entry.dtype).reshape(entry.shape)
+            result[entry.name] = to_dtype(tensor_values(tensor, container.step, dequantizer), entry.dtype).reshape(entry.shape)
         elif isinstance(entry, BatchNormEntry):
             norm = coded[entry.name]
             assert isinstance(norm, CodedBatchNorm)
@@ -166,18 +168,14 @@ def values(container: Container, coded: Mapping[str, Coded]) -> dict[str, NDArra
     return result
 
 
-def tensor_values(tensor: CodedTensor, step: tuple[int, int]) -> NDArray[np.float32]:
+def tensor_values(tensor: CodedTensor, step: tuple[int, int], dequantizer: Dequantizer = dequantize) -> NDArray[np.float32]:
     """Dequantized matrix float32 (rows, columns) of a coded tensor."""
     entry = tensor.entry
     if tensor.codes is None:
         t = total_index(entry.qp, tensor.row_exponents, tensor.column_exponents, entry.group_columns)
     else:
         t = packing.indices(entry, tensor.codes)
-    odd = None
-    if entry.state_bits:
-        paths = tensor.symbols.reshape(entry.rows * entry.fold, entry.columns // entry.fold)
-        odd = odd_states(paths, entry.state_bits).reshape(tensor.symbols.shape)
-    decoded = dequantize(tensor.symbols, step, t, entry.recon_offsets, odd)
+    decoded = dequantizer(tensor.symbols, step, t, entry.recon_offsets, entry.state_bits, entry.fold)
     return decoded if entry.transform == "i" else synthesize(decoded, tensor.basis, entry)
 
 

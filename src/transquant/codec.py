@@ -24,6 +24,7 @@ from transquant import bitstream, modules, packing
 from transquant.accounting import file_report, report_of
 from transquant.choices import CODERS, KINDS, Choice, LayerTransform, Method
 from transquant.container import read_container, read_file, write_file
+from transquant.dequantizer import dequantize
 from transquant.encoder import Encoder, Source
 from transquant.entropy.lanes import decode_planes
 from transquant.errors import InputError
@@ -78,7 +79,7 @@ class CompressedModel:
         Raises errors.FileError."""
         container = read_container(self.data, limits or self.limits)
         # what loading has decoded goes to the first who asks: tensors are the caller's to change, so it is given once
-        arrays = self.decoded.pop() if self.decoded else bitstream.values(container, _decode(container)[0])
+        arrays = self.decoded.pop() if self.decoded else bitstream.values(container, _decode(container)[0], dequantize)
         return _tensors(arrays, container)
 
     def install(self, model: M, mode: str = "float") -> M:
@@ -198,7 +199,7 @@ def load(path: str | PathLike[str], limits: Limits | None = None) -> CompressedM
     data = read_file(path, limits)
     container = read_container(data, limits)
     coded, bits = _decode(container)
-    arrays = bitstream.values(container, coded)
+    arrays = bitstream.values(container, coded, dequantize)
     packed = {n: packing.tensor_bits(t) for n, t in coded.items() if isinstance(t, CodedTensor) and t.codes is not None}
     return CompressedModel(data, file_report(container, data, bits, packed), limits, [arrays])
 

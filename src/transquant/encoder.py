@@ -23,6 +23,7 @@ from transquant.allocation.steps import first_guess, vector_qp
 from transquant.bitstream import EncodedFile, Job, Part, decode, encode, runs, values
 from transquant.choices import IDENTITY, PACKED, Choice, LayerTransform, Method
 from transquant.container import read_container
+from transquant.dequantizer import dequantize
 from transquant.entropy.lanes import decode_planes, encode_planes
 from transquant.entropy.tables import fold_for
 from transquant.fingerprint import fingerprint
@@ -99,7 +100,7 @@ class Draft:
         if self.file is not None:
             container = read_container(self.file.data, Limits(1 << 62, 1 << 62))
             coded = decode(container, lambda sections: [[decode_planes(*job)[0] for job in s] for s in sections])
-        arrays = values(Container(self.step, entries, ()), coded)
+        arrays = values(Container(self.step, entries, ()), coded, dequantize)
         state = {k: torch.from_numpy(np.array(v)) for k, v in arrays.items()}
         aliases = {e.name: e.of for e in self.entries if isinstance(e, AliasEntry)}
         return state | {name: state[of] for name, of in aliases.items() if of in state}

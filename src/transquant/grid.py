@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 
 from transquant.errors import CorruptFile
 from transquant.records import FloatArray, IntArray
+from transquant.trellis_code import odd_states
 
 QUARTERS = np.array([16384, 19484, 23170, 27554], dtype=np.int64)
 MAX_QP = 400
 MAX_EXPONENT = 64
+NOT_FLOAT32 = "a decoded value does not fit float32"
 _BLOCK = 1 << 18  # values dequantized at a time
 
 
@@ -55,14 +57,19 @@ def steps(step: tuple[int, int], t: NDArray[np.int64]) -> FloatArray:
 
 
 def dequantize(
-    symbols: IntArray, step: tuple[int, int], t: NDArray[np.int64], offsets: tuple[int, int], odd: NDArray[np.bool_] | None = None
+    symbols: IntArray, step: tuple[int, int], t: NDArray[np.int64], offsets: tuple[int, int], state_bits: int = 0, fold: int = 1
 ) -> NDArray[np.float32]:
     """Values float32 of symbols int32 (rows, columns): integers below 2^53 times a power of two, rounded once.
 
-    `offsets`: reconstruction offsets of magnitudes 1 and above, 1/64 step toward zero. `odd`: where the state of a trellis is
-    odd; symbol k then stands for k + 1/4 steps or its negative, and the offsets are those of 0 and of all others. Raises
-    CorruptFile where a value does not fit float32. Works block by block: the integers take many times the memory of the values."""
+    `offsets`: reconstruction offsets of magnitudes 1 and above, 1/64 step toward zero. `state_bits`: of a trellis, in which each
+    row is `fold` paths; symbol k then stands for k + 1/4 steps or, in odd states, its negative, and the offsets are those of 0
+    and of all others. Raises CorruptFile where a value does not fit float32. Works block by block: the integers take many times
+    the memory of the values."""
     values = np.empty(symbols.shape, np.float32)
+    odd = None
+    if state_bits:
+        paths = symbols.reshape(symbols.shape[0] * fold, symbols.shape[1] // fold)
+        odd = odd_states(paths, state_bits).reshape(symbols.shape)
     rows = max(_BLOCK // max(symbols.shape[1], 1), 1)
     for first in range(0, symbols.shape[0], rows):
         for left in range(0, symbols.shape[1], _BLOCK):
@@ -70,7 +77,7 @@ def dequantize(
             of_t = tuple(s if length > 1 else slice(1) for s, length in zip(block, t.shape, strict=True))
             values[block] = _dequantize(symbols[block], step, t[of_t], offsets, None if odd is None else odd[block])
     if not np.isfinite(values).all():
-        raise CorruptFile("a decoded value does not fit float32")
+        raise CorruptFile(NOT_FLOAT32)
     return values
 
 

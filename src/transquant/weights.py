@@ -16,6 +16,7 @@ from transquant.allocation.depths import DepthTable
 from transquant.allocation.steps import StepPlan, matrix_steps
 from transquant.bitstream import tensor_values
 from transquant.choices import Choice, LayerTransform, Method
+from transquant.dequantizer import dequantize
 from transquant.entropy.tables import MAX_SYMBOL, expected_levels, fold_for, magnitude_laws
 from transquant.grid import MAX_EXPONENT, MAX_QP, steps, total_index
 from transquant.packing import group_sizes
@@ -316,7 +317,7 @@ def _quantize_groups(
 
 def dequantized(tensor: CodedTensor, step: tuple[int, int]) -> FloatArray:
     """What a reader will give, float64 (O, n)."""
-    return tensor_values(tensor, step).astype(np.float64)
+    return tensor_values(tensor, step, dequantize).astype(np.float64)
 
 
 def quarter_octaves(magnitudes: FloatArray) -> int:
