@@ -284,7 +284,8 @@ def test_effort_says_who_goes_in_order(net, images):
     assert samples_in_order(wide, 5) == 0 < samples_in_order(wide, 9)
     asked = 3.0
     files = [tq.compress(net, [images], bits=asked, effort=effort) for effort in (4, 5)]
-    assert all(abs(f.report.bits_per_parameter - asked) < 0.1 for f in files)
+    limit = asked * sum(p.numel() for p in net.parameters()) / 8
+    assert all(limit - 65 <= len(f.data) <= limit for f in files)  # as for any target of a few hundred bytes
     assert files[1].report.measured_distortion <= files[0].report.measured_distortion
 
 
