@@ -156,7 +156,7 @@ def test_batchnorms_over_another_dimension_and_constants_that_end_in_nan():
     model = Astray().eval()
     nn.init.constant_(model.other.running_var, 1e6)  # constants far below zero
     assert absorbers(model, torch.randn(8, 4, 4), plan_model(model), run) == {}
-    assert tq.compress(model, [torch.randn(64, 4, 4)], ratio=1.2).report.measured_distortion >= 0
+    assert tq.compress(model, [torch.randn(64, 4, 4)], ratio=1.15).report.measured_distortion >= 0
 
 
 def setting(model, samples, pool):
