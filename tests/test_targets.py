@@ -141,10 +141,11 @@ def test_bad_options_are_named(small, samples, options, message):
 
 
 def test_effort_buys_states():
-    """At the same size, more states leave less of an error."""
-    weight = {"weight": torch.randn(160, 256, generator=torch.Generator().manual_seed(4))}
-    errors = []
-    for effort in (5, 6, 9):
-        decoded = tq.compress(weight, bits=2.0, effort=effort).state_dict()["weight"]
-        errors.append(float((decoded - weight["weight"]).square().mean()))
+    """At the same size, more states leave less of an error; over two matrices, since sizes differ by up to a per cent."""
+    errors = [0.0, 0.0, 0.0]
+    for seed in (4, 5):
+        weight = {"weight": torch.randn(160, 256, generator=torch.Generator().manual_seed(seed))}
+        for k, effort in enumerate((5, 6, 9)):
+            decoded = tq.compress(weight, bits=2.0, effort=effort).state_dict()["weight"]
+            errors[k] += float((decoded - weight["weight"]).square().mean())
     assert errors[0] > 1.01 * errors[1] > 1.02 * errors[2]

@@ -74,11 +74,11 @@ def token_plane(
                 around = (2 * int(col[j]) + int(col[max(j - 1, 0)]) + int(col[min(j + 1, columns - 1)])) >> 2
                 mean = (mean + around) >> 1
             odd = path & 1
-            context = 3 * _LEVEL[np.minimum(mean, len(_LEVEL) - 1)] + 1
+            context = tables.SIGNS * _LEVEL[np.minimum(mean, len(_LEVEL) - 1)] + tables.SIGNS // 2
             if tokens.adaptive:
                 left = j - 1 if j > 0 and (width == 1 or j % width) else columns
                 above = j - width if j % taps >= width else columns
-                context += _flipped(np.sign(signs[left] + signs[above]), odd)
+                context += _flipped(signs[left] + signs[above], odd)
             value = _values(reader, tokens, context, mean)
             if np.abs(value).max() > tables.MAX_SYMBOL:
                 raise CorruptFile("a symbol section ends early or holds a symbol that is too large")

@@ -29,7 +29,8 @@ LEVEL_MEANS = (3, 7, 13, 21, 30, 42, 57, 77, 102, 135, 178, 235, 311, 410, 541, 
 
 # tokens (kinds "m" and "t"): −7 … 7 as 0 … 14, and 15 for all else
 TOKENS, ESCAPE, MIDDLE = 16, 15, 7
-NUM_CONTEXTS = 3 * NUM_LEVELS + 1  # (level, sign) and the lengths of what is escaped
+SIGNS = 5  # what two neighbours' signs add up to, −2 … 2
+NUM_CONTEXTS = SIGNS * NUM_LEVELS + 1  # (level, signs) and the lengths of what is escaped
 LENGTHS = NUM_CONTEXTS - 1
 LONGEST = 13  # the length that stands for 20 bits
 SHIFT_LEVEL = 17  # the first level whose low bits are plain
@@ -78,7 +79,7 @@ def token_laws(trellis: bool) -> np.ndarray:
         law[ESCAPE] = 256 * weight // (256 - ratio)
         if not trellis:
             law[:ESCAPE] = (law[:ESCAPE] + law[ESCAPE - 1 :: -1]) >> 1
-        laws[3 * level : 3 * level + 3] = law
+        laws[SIGNS * level : SIGNS * (level + 1)] = law
     laws[LENGTHS] = LENGTH_LAW
     return laws
 

@@ -14,7 +14,7 @@ import numpy as np
 from transquant.entropy import tables
 from transquant.entropy.rans import code_plain, log_event, take_event
 
-_LEVEL = (3 * tables.LEVEL_OF + 1).astype(np.uint32)  # the context of a level where no sign is known
+_LEVEL = (tables.SIGNS * tables.LEVEL_OF + tables.SIGNS // 2).astype(np.uint32)  # the context of a level where no sign is known
 _LOG2 = tables.BITS_OF
 _ONE, _MAX = tables.P_ONE, tables.MAX_SYMBOL
 _TOKENS, _ESCAPE, _MIDDLE = tables.TOKENS, tables.ESCAPE, tables.MIDDLE
@@ -125,12 +125,11 @@ def _averages(count, fast, slow, around, half, mean):  # type: ignore[no-untyped
 
 @nb.njit(cache=True, nogil=True)
 def _sign_contexts(count, signs, left, above, path, sign):  # type: ignore[no-untyped-def]
-    """Of two neighbours together, as the states of their lanes' trellises see them: −1, 0, 1."""
+    """Of two neighbours together, as the states of their lanes' trellises see them: −2 … 2."""
     for lane in range(count):
         both = np.int8(signs[left, lane] + signs[above, lane])
         odd = np.int8(path[lane] & 1)
-        seen = np.int8((both ^ -odd) + odd)
-        sign[lane] = _I(seen > 0) - _I(seen < 0)
+        sign[lane] = np.int8((both ^ -odd) + odd)
 
 
 @nb.njit(cache=True, nogil=True)
