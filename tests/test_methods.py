@@ -75,11 +75,11 @@ def pictures() -> torch.Tensor:
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: "-".join(map(str, m)))
 def test_file_and_back(smooth, pictures, tmp_path, method):
     method = dict(zip(("transform", "axis", "coding", "feedback"), method, strict=True))
-    compressed = tq.compress(smooth, pictures, bits=3.5, effort=1, **method)
+    compressed = tq.compress(smooth, pictures, bits=3.4, effort=1, **method)
     path = tmp_path / "net.tq"
     compressed.save(path)
     # depths of whole band groups are coarse steps in so small a network
-    share = 8 * path.stat().st_size / sum(p.numel() for p in smooth.parameters()) / 3.5
+    share = 8 * path.stat().st_size / sum(p.numel() for p in smooth.parameters()) / 3.4
     assert (0.9 if method["coding"] == "fixed" else 0.985) <= share <= 1
     loaded = tq.load(path)
     state, arrays = loaded.state_dict(), tq.reader.load(path)
