@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "transquant"
 ROOMS = {p.name for p in PACKAGE.iterdir() if (p / "__init__.py").exists()}
 # what any room may use: records, errors and the helpers that know nothing of the domain
-COMMON = {"records", "errors", "workers", "fingerprint", "grid", "trellis_code"}
+COMMON = {"records", "errors", "workers", "memory", "fingerprint", "grid", "trellis_code"}
 # composed of rooms, above them: these may import any room, and no room but the command line and the demo may import them
 COMPOSERS = {"cli", "demo"}
 

@@ -198,7 +198,7 @@ def test_the_gains_of_the_report_are_bytes_at_equal_distortion(smooth, pictures)
         c = encoder.first_guess(4.0 * 17000 / 8)
         plain = encoder.draft(c, choice)
         assert exchange_rate(encoder, c, choice) < 0.3 * lagrangian(c)
-        chosen = choose_transforms(encoder, c, choice)
+        chosen = choose_transforms(encoder, c, choice, encoder)
         better = encoder.transformed(transforms_of(chosen))
         drafts = [better.draft(x * c, choice) for x in np.geomspace(0.7, 1.3, 9)]
         sizes = [len(better.encode(d).data) for d in drafts]

@@ -7,10 +7,9 @@ of torch.distributed, where it has been initialised; work that a work folder has
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -48,11 +47,6 @@ class Workers:
     def own(self, task: Callable[[T], R], items: Iterable[T]) -> list[R]:
         """Results of `task` over items, in order, by this process alone."""
         return list(self._pool.map(task, items))
-
-    def trim(self) -> None:
-        """Give freed memory back to the system: glibc keeps what threads have freed, gigabytes of it after large networks."""
-        with suppress(AttributeError, OSError):  # another C library
-            ctypes.CDLL(None).malloc_trim(0)
 
     def keep(self, kind: str, depends: Callable[[], object], compute: Callable[[], R]) -> R:
         """What all processes compute together, unless the work folder has it."""

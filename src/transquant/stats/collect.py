@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from transquant.errors import InputError
+from transquant.memory import give_back
 from transquant.records import BatchNormSpec, FloatArray, Plan, Statistics, Use, VectorSpec, WeightSpec
 from transquant.stats.absorbers import absorbers
 from transquant.stats.copies import wide_copy
@@ -94,7 +95,7 @@ def _statistics(
         own |= zip(by_fold, pool.own(lambda pair: _added(*pair), additions), strict=True)
         del partials, partial, by_fold, additions
         if needed >= FEW_ABOVE:
-            pool.trim()
+            give_back()
         if progress:
             progress(min(first + len(collectors), len(mine)), len(mine))
     pieces = [(fold, piece) for fold, sums in own.items() for piece in sums.pieces()]

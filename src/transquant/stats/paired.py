@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from transquant.memory import give_back
 from transquant.records import FloatArray, Plan, WeightSpec
 from transquant.stats.forwards import Enough, Forward, Run, Twins
 from transquant.stats.live import Live
@@ -169,6 +170,7 @@ class PairedNetworks:
         finally:
             for one in every:
                 one.close()
+            give_back()
 
     def _next(self, forwards: Sequence[Forward]) -> str | None:
         """Where the weights are next: the first of all places where forwards of any process stand."""
