@@ -287,6 +287,9 @@ def test_effort_says_who_goes_in_order(net, images):
     limit = asked * sum(p.numel() for p in net.parameters()) / 8
     assert all(limit - 65 <= len(f.data) <= limit for f in files)  # as for any target of a few hundred bytes
     assert files[1].report.measured_distortion <= files[0].report.measured_distortion
+    said = files[1].report.settings["in_order"]
+    assert said == (files[1].data != files[0].data) == ("in execution order" in str(files[1].report))
+    assert not files[0].report.settings["in_order"]
 
 
 class Shared(nn.Module):

@@ -180,6 +180,7 @@ def compress(
         "seed": seed,
         "effort": effort,
         "choice": choice,
+        "in_order": search.in_order,
         "c": draft.c,
         "samples": stats.samples,
     }

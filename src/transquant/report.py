@@ -121,6 +121,8 @@ def _text(report: Report) -> str:
         lines += ["", "  gain: bits a value that the transform saves at equal predicted distortion, its basis included"]
     if report.verification:
         lines += ["", f"  {summary(report.verification)}"]
+    if report.settings.get("in_order"):
+        lines += ["", "  layers were quantized in execution order, each making up for the errors of those before"]
     if "work" in report.settings:
         taken, computed = (report.settings["work"][key] for key in ("layers_taken", "layers_computed"))
         lines += ["", f"  {taken:,} of {taken + computed:,} codings of a layer were taken from the work folder"]

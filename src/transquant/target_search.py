@@ -46,6 +46,7 @@ class TargetSearch:
         self.encoder, self.reference, self.module, self.target, self.say = encoder, reference, module, target, say
         self.paired = paired  # None: all layers are quantized at once, each for itself
         self.effort = effort
+        self.in_order = paired is not None and target.kind != "bytes"  # whether layers of the final draft were quantized in order
         self.transforms: dict[str, ChosenTransform] = {}
         self._float_score: float | None = None
         self.scores: tuple[float, float] | None = None  # of the float model and of the final draft, for a target of that kind
@@ -188,7 +189,8 @@ class TargetSearch:
             return draft, choice
         before, after = self._distortion(draft), self._distortion(refined)
         _log.info("measured distortion %.4g, with layers in execution order %.4g", before, after)
-        return (refined if after < before else draft), choice
+        self.in_order = after < before
+        return (refined if self.in_order else draft), choice
 
     def _meet_quality(self, choice: Choice, start: float, make: Callable[[float, Choice], Draft] | None = None) -> Draft:
         """The coarsest draft within the allowed distortion or drop; `make(c, choice)` makes drafts."""
