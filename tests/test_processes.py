@@ -93,9 +93,10 @@ CALIBRATED = ("--calibration", "network.py:samples")
         (("--bits", 4, *CALIBRATED), 2),
         (("--step", 0.05, "--transform", "klt", "--axis", "input", *CALIBRATED), 2),  # 96 bands: numpy's BLAS would use threads
         (("--bits", 4, "--effort", 1), 2),
+        (("--step", 0.05, "--effort", 6, "--transform", "identity", *CALIBRATED), 2),
         (("--step", 0.05, "--transform", "identity", *CALIBRATED), 5),  # more than there are folds or layers
     ],
-    ids=["tuned", "klt", "no calibration", "five"],
+    ids=["tuned", "klt", "no calibration", "learning", "five"],
 )
 def test_the_file_of_one_process(launch, tmp_path, options, processes):
     command = ("compress", "--model", "network.py:net", *options)

@@ -25,6 +25,8 @@ from transquant.accounting import file_report, report_of
 from transquant.choices import CODERS, KINDS, Choice, LayerTransform, Method
 from transquant.container import read_container, read_file, write_file
 from transquant.dequantizer import dequantize
+from transquant.distillation import FROM as DISTILL_FROM
+from transquant.distillation import Teacher
 from transquant.encoder import Encoder, Source
 from transquant.entropy.lanes import decode_planes
 from transquant.errors import InputError
@@ -132,7 +134,8 @@ def compress(
     sizes are searched for on a sample of each layer's rows, then met in one or two passes; without calibration such a model may be
     larger than memory, if it is a path. `effort` 1 or 2: nothing is tuned on held-back samples; 3 to 9: all is. From 5 on layers
     are quantized in execution order at last, each making up for the errors of those before (below 7 on at most 512 samples, and
-    not in very large networks); from 6 on trellises have 16, 32, 32 and 64 states instead of 8 (64 take three times as long).
+    not in very large networks). From 6 on biases and BatchNorms learn the float network's outputs at the end, and trellises have
+    16, 32, 32 and 64 states instead of 8 (64 take three times as long).
     `forward(model, batch)` and `output(result)` override how a batch is run and what counts. `verify`: measure the closed-form
     distortion group by group, for the report.
     `work`: a folder for finished parts (`work.WorkFolder`), from which the same call goes on after it was killed; made if
@@ -164,8 +167,11 @@ def compress(
         pool.processes.agree("models or options", options, plan, state)
         source = Source(*modules.gather(plan, state))
         most = samples_in_order(plan, effort) if method.feedback else 0
-        stats, reference, paired = _calibrate(module, calibration, plan, source, metric, forward, output, seed, pool, say, most)
-        search = TargetSearch(Encoder(plan, source, stats, pool, method), reference, module, target, effort, say, paired)
+        learns = effort >= DISTILL_FROM and method.feedback
+        seen = _calibrate(module, calibration, plan, source, metric, forward, output, seed, pool, say, most, learns)
+        stats, reference = seen.stats, seen.reference
+        encoder = Encoder(plan, source, stats, pool, method)
+        search = TargetSearch(encoder, reference, module, target, effort, say, seen.paired, seen.teacher)
         draft, choice = search.run()
         measured = reference.distortion(draft.state()) if reference else None
         encoded = search.encoder.encode(draft)
@@ -181,6 +187,7 @@ def compress(
         "effort": effort,
         "choice": choice,
         "in_order": search.in_order,
+        "distilled": search.distilled,
         "c": draft.c,
         "samples": stats.samples,
     }
@@ -279,14 +286,24 @@ def _open(model: Any, overrides: Mapping[str, Any] | None) -> tuple[nn.Module | 
     return model, model.state_dict(), modules.apply_overrides(plan, overrides)
 
 
+@dataclass(frozen=True, slots=True)
+class _Calibrated:
+    """What calibration gives: the statistics, and what measures and teaches drafts; None where there are no samples."""
+
+    stats: Statistics
+    reference: Reference | None = None
+    paired: PairedNetworks | None = None
+    teacher: Teacher | None = None
+
+
 def _calibrate(
     module: nn.Module | None, calibration: Iterable[Any] | None, plan: Plan, source: Source, metric: str,
-    forward: Any, output: Any, seed: int, pool: Workers, say: Progress, in_order: int,
-) -> tuple[Statistics, Reference | None, PairedNetworks | None]:  # fmt: skip
+    forward: Any, output: Any, seed: int, pool: Workers, say: Progress, in_order: int, learns: bool,
+) -> _Calibrated:  # fmt: skip
     """Statistics from most of the samples, and a reference on the others; every sample is run once for each. Pairs of networks, for
-    layers in execution order, on at most `in_order` of those with statistics."""
+    layers in execution order, on at most `in_order` of those with statistics; what vectors learn from, on all of those."""
     if calibration is None or module is None or metric == "weights":
-        return weight_statistics(plan, source.values), None, None
+        return _Calibrated(weight_statistics(plan, source.values))
     batches = list(modules.micro_batches(modules.batches_of(calibration, whole=forward is not None), 4 if plan.work > LARGE else 1))
     pool.processes.agree("calibration samples", batches)
     if len(batches) == 1:
@@ -306,4 +323,5 @@ def _calibrate(
     reference = Reference(module, held, run_any, pool, stats.metric)
     seen = accumulate(map(modules.num_samples, used), initial=0)
     few = [b for b, before in zip(used, seen, strict=False) if before < in_order]
-    return stats, reference, PairedNetworks(module, few, plan, run_any, pool) if few else None
+    paired = PairedNetworks(module, few, plan, run_any, pool) if few else None
+    return _Calibrated(stats, reference, paired, Teacher(module, used, run_any, pool, stats.metric) if learns else None)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from transquant.allocation.search import Closest, largest_feasible, meet_size, slope_of
 from transquant.choices import Choice
+from transquant.distillation import Teacher, distil
 from transquant.encoder import Draft, Encoder
 from transquant.errors import InputError, TargetError
 from transquant.refinement import refine
@@ -42,10 +43,13 @@ class TargetSearch:
         effort: int,
         say: Progress,
         paired: PairedNetworks | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         self.encoder, self.reference, self.module, self.target, self.say = encoder, reference, module, target, say
         self.paired = paired  # None: all layers are quantized at once, each for itself
+        self.teacher = teacher  # None: vectors do not learn
         self.effort = effort
+        self.distilled = False  # whether vectors of the final draft have learned
         self.in_order = paired is not None and target.kind != "bytes"  # whether layers of the final draft were quantized in order
         self.transforms: dict[str, ChosenTransform] = {}
         self._float_score: float | None = None
@@ -60,12 +64,12 @@ class TargetSearch:
         choice = Choice() if self.reference else FAITHFUL
         if self.target.kind == "step":
             self._choose_transforms(self.target.value, choice)
-            return self._draft(self.target.value, choice), choice
+            return self._distilled(self._draft(self.target.value, choice), choice)
         if self.target.kind == "bytes":
             start = self._start(self.target.value)
             self._choose_transforms(self._rough(choice, start), choice)
             choice, start = self._tuned(choice, self.target.value, start)
-            return self._refined(*self._meet_bytes(choice, start))
+            return self._distilled(*self._refined(*self._meet_bytes(choice, start)))
         draft = self._meet_quality(choice, self.encoder.first_guess(self.num_values / 4))
         self._choose_transforms(draft.c, choice)
         tuned, start = self._tuned(choice, self.size(draft), draft.c)
@@ -191,6 +195,20 @@ class TargetSearch:
         _log.info("measured distortion %.4g, with layers in execution order %.4g", before, after)
         self.in_order = after < before
         return (refined if self.in_order else draft), choice
+
+    def _distilled(self, draft: Draft, choice: Choice) -> tuple[Draft, Choice]:
+        """The same weights with vectors that have learned, where the file still fits and the held-back samples agree."""
+        if self.teacher is None or self.reference is None:
+            return draft, choice
+        most = self.target.value if self.target.kind == "bytes" else float("inf")
+        other = distil(
+            self.encoder, self.teacher, draft, choice, lambda d: self.size(d) <= most,
+            lambda done, total: self.say("distillation", done, total),
+        )  # fmt: skip
+        before, after = self._distortion(draft), self._distortion(other)
+        _log.info("measured distortion %.4g, after distillation %.4g", before, after)
+        self.distilled = after < before
+        return (other if self.distilled else draft), choice
 
     def _meet_quality(self, choice: Choice, start: float, make: Callable[[float, Choice], Draft] | None = None) -> Draft:
         """The coarsest draft within the allowed distortion or drop; `make(c, choice)` makes drafts."""

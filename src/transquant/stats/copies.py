@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from queue import SimpleQueue
 
@@ -32,6 +32,17 @@ class Copies:
         for twin in self._models:
             twin.load_state_dict({**self.state, **decoded}, strict=False)
         return decoded
+
+    def learners(self, keys: Collection[str]) -> list[str]:
+        """Those of the keys that are parameters; from now on these alone take gradients."""
+        for twin in self._models:
+            parameters = dict(twin.named_parameters(remove_duplicate=False))
+            names = [key for key in parameters if key in keys]
+            for parameter in parameters.values():
+                parameter.requires_grad_(False)
+            for name in names:
+                parameters[name].requires_grad_(True)
+        return names
 
     @contextmanager
     def one(self) -> Iterator[nn.Module]:

@@ -44,9 +44,14 @@ def unit(output: Tensor, metric: str) -> float:
 
 def distance(reference: Tensor, output: Tensor, metric: str) -> tuple[float, int]:
     """Sum of the metric over predictions (kl) or values (mse), and their number."""
-    reference, output = reference.double(), output.double()
+    total, count = loss(reference.double(), output.double(), metric)
+    return float(total), count
+
+
+def loss(reference: Tensor, output: Tensor, metric: str) -> tuple[Tensor, int]:
+    """The same sum as a scalar with a gradient, in the dtype of the outputs."""
     if metric == "mse":
-        return float(((output - reference) ** 2).sum()), output.numel()
+        return ((output - reference) ** 2).sum(), output.numel()
     log_p = reference.reshape(-1, reference.shape[-1]).log_softmax(1)
     log_q = output.reshape(-1, output.shape[-1]).log_softmax(1)
-    return float((log_p.exp() * (log_p - log_q)).sum()), len(log_p)
+    return (log_p.exp() * (log_p - log_q)).sum(), len(log_p)
