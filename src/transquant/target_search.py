@@ -18,7 +18,8 @@ from transquant.refinement import refine
 from transquant.stats import PairedNetworks, Reference, copy_model
 from transquant.targets import Target
 from transquant.transform_choice import ChosenTransform, choose_transforms, transforms_of
-from transquant.tuning import Tuner, choose
+from transquant.tuning import LARGE, ROUGHER, Tuner, choose
+from transquant.tuning import ROUGH as SAME_SIZE
 
 _log = logging.getLogger("transquant")
 
@@ -127,7 +128,8 @@ class TargetSearch:
     def _tuned(self, choice: Choice, target_bytes: float, start: float) -> tuple[Choice, float]:
         if self.reference is None or self.effort < 3:
             return choice, start
-        tuner = Tuner(self.encoder.draft, self.size, self._distortion, target_bytes, self.num_values)
+        rough = ROUGHER if self.encoder.plan.work > LARGE else SAME_SIZE
+        tuner = Tuner(self.encoder.draft, self.size, self._distortion, target_bytes, self.num_values, rough)
         trellis = self.encoder.method.state_bits > 0
         found = choose(tuner, start, self.encoder.plan.work, trellis, lambda done, total: self.say("tuning", done, total))
         self.slope = tuner.slope

@@ -26,6 +26,7 @@ GROUPINGS = (Grouping("rc", 0.5), Grouping("r", 0.5), Grouping("", 0.0), Groupin
 DEAD_ZONES = (0.5, 0.55, 0.6, 0.65)
 LEANS = ((0.25, 0.25), (0.5, 0.0), (0.5, 1.0), (1.0, 0.5), (1.0, 1.0))  # of a trellis: weight of a bit, shrinkage
 ROUGH = 0.02  # candidates are compared at the same size within this share; what is left is corrected by the rate's slope
+ROUGHER = 0.06  # of large networks: one draft a candidate, nearly always
 
 # multiply–adds of a quantization pass above which fewer candidates are tried; a rule on work, not on time, keeps files
 # the same on fast and slow machines
@@ -42,7 +43,9 @@ class Tuner:
         distortion: Callable[[Draft], float],
         target_bytes: float,
         num_values: int,
+        rough: float = ROUGH,
     ) -> None:
+        self.rough = rough
         self.draft, self.size, self.distortion = draft, size, distortion
         self.target, self.num_values = target_bytes, num_values
         self.slope = num_values / 10  # −d bytes / d log2 c; every search corrects it for the next
@@ -51,7 +54,7 @@ class Tuner:
     def score(self, choice: Choice, start: float) -> tuple[float, float]:
         """(distortion at the target size, c) of a choice; the search for c begins at `start`."""
         if choice not in self.scores:
-            slack = 2 * ROUGH * self.target
+            slack = 2 * self.rough * self.target
             closest: Closest[Draft] = Closest(self.target + slack / 2)
             sizes: dict[float, int] = {}
 
