@@ -34,7 +34,7 @@ from torch.nn import functional
 import transquant as tq
 from pages import insert_table
 
-LINEAR = (1, 4, 12, 24)  # layers of 512 x 512: 2.6e5 to 6.3e6 weights
+LINEAR = (1, 4, 12)  # layers of 512 x 512: 2.6e5 to 3.1e6 weights
 STATE = (1, 4, 12, 32, 96)  # layers of 1024 x 1024: 1e6 to 1e8
 FILE_LAYERS, FILE_SIDE = 90, 2048  # 1.5 GB
 BITS = 3.0
