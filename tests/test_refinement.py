@@ -426,3 +426,14 @@ def test_forwards_wait_with_no_more_activations_than_allowed(monkeypatch):
         assert len(paired(model, x, pool).batches) == 3
         monkeypatch.setattr("transquant.stats.paired.MOST_LIVE", 10)
         assert len(paired(model, x, pool).batches) == 1
+
+
+def test_values_are_revised_many_times(net, images):
+    """Once or twice a layer, in networks of hundreds of layers."""
+    with workers() as pool:
+        encoder, _, _ = setting(net, images[:40], pool)
+    before = encoder.source.values["linear.weight"]
+    for k in range(3000):
+        encoder = encoder.revised({"conv.bias": np.full(16, float(k))}, {}, {})
+    assert encoder.source.values["conv.bias"][0] == 2999
+    np.testing.assert_array_equal(encoder.source.values["linear.weight"], before)

@@ -346,7 +346,9 @@ def _num_values(spec: Spec) -> int:
 
 
 def _overlaid(values: Mapping[str, FloatArray], others: Mapping[str, FloatArray]) -> Mapping[str, FloatArray]:
-    """Values of which some are others."""
+    """Values of which some are others; two layers deep however often that is done."""
+    if isinstance(values, ChainMap):
+        return ChainMap({**values.maps[0], **others}, *values.maps[1:])
     return ChainMap(dict(others), cast(Any, values))
 
 
