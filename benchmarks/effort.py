@@ -1,7 +1,7 @@
 """Bytes against time: what each effort costs, and how many bytes it takes at the same quality.
 
     python benchmarks/effort.py               # some minutes a network
-    python benchmarks/effort.py charrnn       # one network
+    python benchmarks/effort.py demo          # one network
 
 Every effort makes files of two sizes from the same calibration data. Quality is the KL divergence of outputs on training data that
 was not calibrated on. Between the two files log KL is linear in bytes; where that line meets the KL of effort 5's larger file, the
@@ -20,27 +20,43 @@ from typing import Any
 import numpy as np
 import torch
 
+import in_order
 import networks
 import transquant as tq
-from in_order import NAMES, divergence, samples
+from in_order import divergence
 from pages import insert_table
+from transquant.demo.network import load_digits_split, pretrained
 
-SIZES = {"resnet20": (1.4, 2.0), "charrnn": (1.5, 2.0)}  # bits a parameter
+SIZES = {"demo": (1.0, 1.5), "resnet20": (1.4, 2.0), "charrnn": (1.5, 2.0)}  # bits a parameter
+NAMES = {**in_order.NAMES, "demo": "demo network"}
 MOST = 1024  # samples
 EFFORTS = tuple(range(1, 10))
+
+
+def network(name: str) -> torch.nn.Module:
+    """The network that ships with the package, or one of the shared data."""
+    return pretrained() if name == "demo" else networks.network(name)
+
+
+def samples(name: str) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """(to calibrate, to measure, options)."""
+    if name != "demo":
+        return in_order.samples(name)
+    images = load_digits_split()[0][0]
+    return images[::2], images[1::2], {}
 
 
 def run(name: str, effort: int) -> dict[str, Any]:
     """One row."""
     calibration, others, options = samples(name)
-    model = networks.network(name)
+    model = network(name)
     row: dict[str, Any] = {"network": name, "effort": effort, "bytes": [], "kl": [], "seconds": []}
     for bits in SIZES[name]:
         start = time.perf_counter()
         file = tq.compress(model, calibration[:MOST].split(64), bits=bits, effort=effort, **options)
         row["seconds"].append(time.perf_counter() - start)
         row["bytes"].append(len(file.data))
-        row["kl"].append(divergence(model, file.install(networks.network(name)), others, name))
+        row["kl"].append(divergence(model, file.install(network(name)), others, name))
     return row
 
 
