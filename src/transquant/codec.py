@@ -128,11 +128,11 @@ def compress(
     `metric`: "kl", "mse", "weights" or "auto". `transform`: "auto" takes for each layer what costs least, its basis included;
     "identity", "dct", "klt", "elt" force one wherever it fits, over `axis` "kernel", "input", "output" or "joint" (None: the
     best of them). `coding`: "entropy", or "fixed" for bit depths a group of bands, packed (Young et al.). `coder`: "adaptive", or
-    "static" for tables that do not learn: files one to four per cent larger, and faster to decode. `feedback`: closed loop, or
-    plain rounding of each coefficient. `trellis`: entropy-coded weights in the closed loop go along the best path of a trellis, or
-    else each is rounded with a dead zone. `overrides`: {name pattern: "exact"} stores matching tensors exactly. Above 2²⁴ weights
-    sizes are searched for on a sample of each layer's rows, then met in one or two passes; without calibration such a model may be
-    larger than memory, if it is a path. `effort` 1 or 2: nothing is tuned on held-back samples; 3 to 9: all is. From 5 on layers
+    "static" for tables that do not learn: faster to decode, files a few per cent larger, more below 1 bit a weight. `feedback`:
+    closed loop, or plain rounding of each coefficient. `trellis`: entropy-coded weights in the closed loop go along the best path
+    of a trellis, or else each is rounded with a dead zone. `overrides`: {name pattern: "exact"} stores matching tensors
+    exactly. Above 2²⁴ weights sizes are searched for on a sample of each layer's rows, then met in one or two passes; without
+    calibration such a model may be larger than memory, if it is a path. `effort` 1 or 2: nothing is tuned on held-back samples; 3 to 9: all is. From 5 on layers
     are quantized in execution order at last, each making up for the errors of those before (below 7 on at most 512 samples, and
     not in very large networks). From 6 on biases and BatchNorms learn the float network's outputs at the end, and trellises have
     16, 32, 32 and 64 states instead of 8 (64 take three times as long).
