@@ -130,14 +130,14 @@ def compress(
     best of them). `coding`: "entropy", or "fixed" for bit depths a group of bands, packed (Young et al.). `coder`: "adaptive", or
     "static" for tables that do not learn: faster to decode, files a few per cent larger, more below 1 bit a weight. `feedback`:
     closed loop, or plain rounding of each coefficient. `trellis`: entropy-coded weights in the closed loop go along the best path
-    of a trellis, or else each is rounded with a dead zone. `overrides`: {name pattern: "exact"} stores matching tensors
-    exactly. Above 2²⁴ weights sizes are searched for on a sample of each layer's rows, then met in one or two passes; without
-    calibration such a model may be larger than memory, if it is a path. `effort` 1 or 2: nothing is tuned on held-back samples; 3 to 9: all is. From 5 on layers
-    are quantized in execution order at last, each making up for the errors of those before (below 7 on at most 512 samples, and
-    not in very large networks). From 6 on biases and BatchNorms learn the float network's outputs at the end, and trellises have
-    16, 32, 32 and 64 states instead of 8 (64 take three times as long).
-    `forward(model, batch)` and `output(result)` override how a batch is run and what counts. `verify`: measure the closed-form
-    distortion group by group, for the report.
+    of a trellis, or else each is rounded with a dead zone. `overrides`: {name pattern: "exact"} stores matching tensors exactly.
+    Above 2²⁴ weights sizes are searched for on a sample of each layer's rows, then met in one or two passes; without calibration
+    such a model may be larger than memory, if it is a path. `effort` 1 or 2: nothing is tuned on held-back samples; 3 to 9: all
+    is. From 5 on layers are quantized in execution order at last, each making up for the errors of those before (below 7 on at
+    most 512 samples, and not in very large networks). From 6 on biases and BatchNorms learn the float network's outputs at the
+    end, and trellises have 16, 32, 32 and 64 states instead of 8 (64 take three times as long). `forward(model, batch)` and
+    `output(result)` override how a batch is run and what counts. `verify`: measure the closed-form distortion group by group, for
+    the report.
     `work`: a folder for finished parts (`work.WorkFolder`), from which the same call goes on after it was killed; made if
     there is none, and then deleted at the end. `progress(stage, done, total)` is called as work goes on.
 
