@@ -8,7 +8,7 @@ import transquant as tq
 from conftest import make_net
 from transquant import bitstream, distillation
 from transquant.choices import Choice, Method
-from transquant.distillation import Teacher, distil
+from transquant.distillation import Teacher, changed, learned_changes
 from transquant.encoder import Encoder, Source
 from transquant.modules import gather, micro_batches, plan_model, run_batch
 from transquant.stats import Reference, collect
@@ -36,13 +36,17 @@ def setting(net, images):
         yield encoder, draft, Teacher(net, batches, run, pool, "kl"), Reference(net, batches, run, pool, "kl")
 
 
+def distil(encoder, teacher, draft, choice, share=1.0):
+    return changed(encoder, draft, choice, learned_changes(teacher, draft, quiet), share)
+
+
 def symbols(draft):
     return {e.name: draft.coded[e.name].symbols for e in draft.entries if len(getattr(e, "shape", ())) > 1}
 
 
 def test_vectors_learn_and_weights_stay(setting):
     encoder, draft, teacher, reference = setting
-    other = distil(encoder, teacher, draft, Choice(), lambda d: True, quiet)
+    other = distil(encoder, teacher, draft, Choice())
     assert reference.distortion(other.state()) < 0.9 * reference.distortion(draft.state())
     before, after = symbols(draft), symbols(other)
     assert before.keys() == after.keys()
@@ -53,21 +57,29 @@ def test_vectors_learn_and_weights_stay(setting):
         np.testing.assert_array_equal(read[key], value.numpy())
 
 
-def test_nothing_changes_where_nothing_fits_or_outputs_are_too_many(setting, monkeypatch):
+def test_a_share_of_what_was_learned_is_that_share(setting):
     encoder, draft, teacher, _ = setting
-    sizes = []
-    assert distil(encoder, teacher, draft, Choice(), lambda d: sizes.append(len(encoder.encode(d).data)), quiet) is draft
-    assert len(sizes) == len(distillation.SHARES_OF_CHANGE)
+    changes = learned_changes(teacher, draft, quiet)
+    start, half, whole = (changed(encoder, draft, Choice(), changes, share).state() for share in (0.0, 0.5, 1.0))
+    for name in changes:
+        key = name.replace(".scale", ".weight").replace(".shift", ".bias")
+        if key in start:
+            unit = distillation._places(draft)[key][1]
+            assert float((half[key] - (start[key] + whole[key]) / 2).abs().max()) <= 1.01 * unit
+
+
+def test_nothing_is_learned_where_outputs_are_too_many(setting, monkeypatch):
+    encoder, draft, teacher, _ = setting
     monkeypatch.setattr(distillation, "MOST_OUTPUTS", 10)
     fresh = Teacher(make_net(), teacher.batches, run, encoder.pool, "kl")
-    assert distil(encoder, fresh, draft, Choice(), lambda d: True, quiet) is draft
+    assert learned_changes(fresh, draft, quiet) == {}
 
 
 def test_vectors_that_did_not_learn_are_quantized_as_they_were(setting, monkeypatch):
     """With no steps to learn in, the file has the same entries and symbols; only its predicted distortions are new."""
     encoder, draft, teacher, _ = setting
     monkeypatch.setattr(distillation, "STEPS", 0)
-    other = distil(encoder, teacher, draft, Choice(), lambda d: True, quiet)
+    other = distil(encoder, teacher, draft, Choice())
     assert other is not draft
     assert other.entries == draft.entries
     for entry in draft.entries:

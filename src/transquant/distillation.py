@@ -5,7 +5,8 @@
 
 Weights do not learn: a few hundred samples say too little about them, and what they gain there they lose elsewhere. The vectors
 of a network are few, and their steps fine. Every value learns in units of its vector's step, which the metric has made equally
-important everywhere (Adam: Kingma & Ba, arXiv 1412.6980). Unlabelled samples, the same that the statistics are of.
+important everywhere (Adam: Kingma & Ba, arXiv 1412.6980). Unlabelled samples, the same that the statistics are of. Even vectors
+learn these samples by heart, so only a share of what they learned is kept.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ Run = Callable[[nn.Module, Any], Tensor]
 
 FROM = 6  # effort
 STEPS = 160
-RATE = 0.5  # of the first step, in steps of a vector; it falls to 0 along a cosine
+RATE = 0.15  # of the first step, in steps of a vector; it falls to 0 along a cosine
 SHARES = 4  # micro-batches a step, whatever the number of threads and processes
 MOST_OUTPUTS = 1 << 28  # values of float outputs that are held; with more there is no distillation
 SEED = 20202
-SHARES_OF_CHANGE = (1.0, 0.7, 0.4)  # of what was learned, where all of it makes the file too large
+SHARES_OF_CHANGE = (1.0, 0.5, 0.25)  # of what was learned: held-back samples say how much of it holds for others
 
 
 class Teacher:
@@ -97,23 +98,27 @@ class Teacher:
         return gradients, count
 
 
-def distil(
-    encoder: Encoder, teacher: Teacher, draft: Draft, choice: Choice, fits: Callable[[Draft], bool], say: Callable[[int, int], None]
-) -> Draft:
-    """A draft with the weights of another, made with `choice`, and vectors that have learned as much as fits; or the other one."""
+def learned_changes(teacher: Teacher, draft: Draft, say: Callable[[int, int], None]) -> dict[str, FloatArray]:
+    """What the vectors of a draft learn, float64 (length,) by name of the values; empty where nothing could be learned."""
     state, places = draft.state(), _places(draft)
     learned = teacher.learn(state, {key: unit for key, (_, unit) in places.items()}, say)
+    return {
+        name: (learned[key].double() - state[key].double()).numpy().reshape(-1)
+        for key, (name, _) in places.items()
+        if key in learned
+    }
+
+
+def changed(encoder: Encoder, draft: Draft, choice: Choice, changes: Mapping[str, FloatArray], share: float) -> Draft:
+    """A draft with the weights of another, made with `choice`, and a share of the changes added to its vectors."""
+    state = draft.state()
     weights = {name: draft.coded[name] for name in encoder.layers}
     done = {name: CodedWeight(w, draft.distortions[name], None) for name, w in weights.items() if isinstance(w, CodedTensor)}
-    for share in SHARES_OF_CHANGE if learned else ():
-        values: dict[str, FloatArray] = {}
-        for key, (name, _) in places.items():
-            before = state[key].double()
-            values[name] = (before + share * (learned.get(key, before) - before)).numpy().reshape(-1)
-        other = encoder.revised(values, {}, done).draft(draft.c, choice)
-        if fits(other):
-            return other
-    return draft
+    values: dict[str, FloatArray] = {}
+    for key, (name, _) in _places(draft).items():
+        now: FloatArray = state[key].double().numpy().reshape(-1)
+        values[name] = now + share * changes[name] if name in changes else now
+    return encoder.revised(values, {}, done).draft(draft.c, choice)
 
 
 def _places(draft: Draft) -> dict[str, tuple[str, float]]:

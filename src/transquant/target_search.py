@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from transquant.allocation.search import Closest, largest_feasible, meet_size, slope_of
 from transquant.choices import Choice
-from transquant.distillation import Teacher, distil
+from transquant.distillation import SHARES_OF_CHANGE, Teacher, changed, learned_changes
 from transquant.encoder import Draft, Encoder
 from transquant.errors import InputError, TargetError
+from transquant.grid import on_grid
+from transquant.records import FloatArray
 from transquant.refinement import refine
 from transquant.stats import PairedNetworks, Reference, copy_model
 from transquant.targets import Target
@@ -26,6 +28,7 @@ _log = logging.getLogger("transquant")
 COARSEST = 2.0**100  # a scalar c at which every symbol is zero
 FAITHFUL = Choice(rate=1.0, shrink=1.0)  # where the weights' own error is the metric, theory holds to the letter
 PASSES = 5  # through all layers in execution order, at most, until the size is met
+RELEARNED = 3  # drafts whose vectors learn, at most, until the size is met
 NEARBY = 0.125  # octaves of c over which the slope of a large model's size is taken
 ROUGH = 0.05  # of the target's size: near enough to choose transforms
 
@@ -199,18 +202,43 @@ class TargetSearch:
         return (refined if self.in_order else draft), choice
 
     def _distilled(self, draft: Draft, choice: Choice) -> tuple[Draft, Choice]:
-        """The same weights with vectors that have learned, where the file still fits and the held-back samples agree."""
+        """The same size with vectors that have learned, as far as the held-back samples agree."""
         if self.teacher is None or self.reference is None:
             return draft, choice
-        most = self.target.value if self.target.kind == "bytes" else float("inf")
-        other = distil(
-            self.encoder, self.teacher, draft, choice, lambda d: self.size(d) <= most,
-            lambda done, total: self.say("distillation", done, total),
-        )  # fmt: skip
-        before, after = self._distortion(draft), self._distortion(other)
-        _log.info("measured distortion %.4g, after distillation %.4g", before, after)
-        self.distilled = after < before
-        return (other if self.distilled else draft), choice
+        changes = self._changes(self.teacher, draft)
+        before = self._distortion(draft)
+        after = {s: self._distortion(changed(self.encoder, draft, choice, changes, s)) for s in SHARES_OF_CHANGE if changes}
+        _log.info("measured distortion %.4g; of what was learned a share, and with it: %s", before, after)
+        share = min(after, key=lambda s: after[s], default=0.0)
+        if not share or after[share] >= before:
+            return draft, choice
+        other = self._with_changes(self.teacher, draft, choice, changes, share)
+        self.distilled = other is not None and self._distortion(other) < before
+        return (other if other is not None and self.distilled else draft), choice
+
+    def _changes(self, teacher: Teacher, draft: Draft) -> dict[str, FloatArray]:
+        return learned_changes(teacher, draft, lambda done, total: self.say("distillation", done, total))
+
+    def _with_changes(
+        self, teacher: Teacher, draft: Draft, choice: Choice, changes: Mapping[str, FloatArray], share: float
+    ) -> Draft | None:
+        """A draft with a share of the changes that fits: vectors that have learned take more bytes, so weights get fewer. Changes
+        make up for the errors of one draft, so those of another are learned again."""
+        if self.target.kind != "bytes":
+            return changed(self.encoder, draft, choice, changes, share)
+        closest: Closest[Draft] = Closest(self.target.value)
+
+        def size_of(c: float) -> float:
+            if on_grid(c) == draft.c:
+                base, learned = draft, changes
+            else:
+                base = self._draft(c, choice) if self.in_order else self.encoder.draft(c, choice)
+                learned = self._changes(teacher, base)
+            found = changed(self.encoder, base, choice, learned, share)
+            return closest.offer(found, self.size(found))
+
+        meet_size(size_of, self.target.value, 0.8 * self.target.slack, draft.c, self.slope, max_steps=RELEARNED)
+        return closest.item if self.target.value - self.target.slack <= closest.size <= self.target.value else None
 
     def _meet_quality(self, choice: Choice, start: float, make: Callable[[float, Choice], Draft] | None = None) -> Draft:
         """The coarsest draft within the allowed distortion or drop; `make(c, choice)` makes drafts."""
