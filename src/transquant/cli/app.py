@@ -13,7 +13,7 @@ import typer
 
 from transquant import __version__
 from transquant.cli import commands
-from transquant.cli.launch import be_silent, joined, leads
+from transquant.cli.launch import be_silent, joined, leads, leave
 from transquant.errors import OutputError, TransquantError
 
 EXIT_CODES = """Exit codes: 0 ok; 1 internal error; 2 usage or input; 3 target not reachable; 4 bad compressed file;
@@ -78,6 +78,14 @@ def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     if not leads():
         be_silent()
+    try:
+        _run(given)
+    except SystemExit as end:
+        leave(end.code)
+        raise
+
+
+def _run(given: list[str]) -> None:
     try:
         app(given, prog_name="transquant")
     except TransquantError as error:

@@ -22,6 +22,15 @@ def be_silent() -> None:
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
+def leave(code: object) -> None:
+    """End a process that torchrun started, at once. After a backward pass and an exchange over gloo, one in three aborts while
+    the interpreter takes down torch's threads (2.13.0: "terminate called without an active exception"), with its work all done."""
+    if _launched():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else int(code is not None))
+
+
 @contextmanager
 def joined(command: str) -> Iterator[bool]:
     """Whether this process has anything to do. Inside, what goes wrong in one process goes wrong in all."""
