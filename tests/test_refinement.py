@@ -13,9 +13,10 @@ from transquant.choices import Choice, Method
 from transquant.encoder import Encoder, Source
 from transquant.errors import InputError
 from transquant.modules import gather, micro_batches, plan_model, run_batch
-from transquant.refinement import refine, samples_in_order
+from transquant.refinement import live_in_order, refine, samples_in_order
 from transquant.stats import PairedNetworks, Reference, collect
 from transquant.stats.absorbers import absorbers
+from transquant.stats.paired import MOST_LIVE
 from transquant.workers import workers
 
 
@@ -281,6 +282,8 @@ def test_effort_says_who_goes_in_order(net, images):
     assert 0 < samples_in_order(encoder.plan, 5) < samples_in_order(encoder.plan, 7)
     assert encoder.plan.work == sum(w.size * sum(w.shape) for w in encoder.source.values.values() if w.ndim == 2)
     wide = plan_model(nn.Linear(4096, 4096))
+    assert live_in_order(5) is None
+    assert live_in_order(7) > MOST_LIVE
     assert samples_in_order(wide, 5) == 0 < samples_in_order(wide, 9)
     asked = 3.0
     files = [tq.compress(net, [images], bits=asked, effort=effort) for effort in (4, 5)]

@@ -32,7 +32,7 @@ from transquant.entropy.lanes import decode_planes
 from transquant.errors import InputError
 from transquant.guard import unchanged
 from transquant.records import BandCodes, Coded, CodedEntry, CodedTensor, Container, IntArray, LayerStats, Limits, Plan, Statistics
-from transquant.refinement import samples_in_order
+from transquant.refinement import live_in_order, samples_in_order
 from transquant.report import Report
 from transquant.stats import PairedNetworks, Reference, collect, weight_statistics
 from transquant.stats.metric import METRICS
@@ -168,7 +168,9 @@ def compress(
         source = Source(*modules.gather(plan, state))
         most = samples_in_order(plan, effort) if method.feedback else 0
         learns = effort >= DISTILL_FROM and method.feedback
-        seen = _calibrate(module, calibration, plan, source, metric, forward, output, seed, pool, say, most, learns)
+        seen = _calibrate(
+            module, calibration, plan, source, metric, forward, output, seed, pool, say, most, live_in_order(effort), learns
+        )
         stats, reference = seen.stats, seen.reference
         encoder = Encoder(plan, source, stats, pool, method)
         search = TargetSearch(encoder, reference, module, target, effort, say, seen.paired, seen.teacher)
@@ -298,10 +300,12 @@ class _Calibrated:
 
 def _calibrate(
     module: nn.Module | None, calibration: Iterable[Any] | None, plan: Plan, source: Source, metric: str,
-    forward: Any, output: Any, seed: int, pool: Workers, say: Progress, in_order: int, learns: bool,
+    forward: Any, output: Any, seed: int, pool: Workers, say: Progress, in_order: int, most_live: int | None,
+    learns: bool,
 ) -> _Calibrated:  # fmt: skip
     """Statistics from most of the samples, and a reference on the others; every sample is run once for each. Pairs of networks, for
-    layers in execution order, on at most `in_order` of those with statistics; what vectors learn from, on all of those."""
+    layers in execution order, on at most `in_order` of those with statistics and with at most `most_live` bytes of activations;
+    what vectors learn from, on all of those."""
     if calibration is None or module is None or metric == "weights":
         return _Calibrated(weight_statistics(plan, source.values))
     batches = list(modules.micro_batches(modules.batches_of(calibration, whole=forward is not None), 4 if plan.work > LARGE else 1))
@@ -323,5 +327,5 @@ def _calibrate(
     reference = Reference(module, held, run_any, pool, stats.metric)
     seen = accumulate(map(modules.num_samples, used), initial=0)
     few = [b for b, before in zip(used, seen, strict=False) if before < in_order]
-    paired = PairedNetworks(module, few, plan, run_any, pool) if few else None
+    paired = PairedNetworks(module, few, plan, run_any, pool, most_live) if few else None
     return _Calibrated(stats, reference, paired, Teacher(module, used, run_any, pool, stats.metric) if learns else None)

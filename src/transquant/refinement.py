@@ -23,6 +23,7 @@ from transquant.tuning import LARGE
 
 FROM, ALL_FROM = 5, 7  # effort from which on layers go in order, and from which on with all samples
 FEW = 512  # samples below that
+LIVE = 1 << 32  # bytes of activations that may wait from there on
 DAMPING = 0.05  # towards the float weights
 
 
@@ -32,6 +33,11 @@ def samples_in_order(plan: Plan, effort: int) -> int:
     if effort >= ALL_FROM:
         return 1 << 62
     return FEW if effort >= FROM and plan.work <= LARGE else 0
+
+
+def live_in_order(effort: int) -> int | None:
+    """How many bytes of activations may wait meanwhile; None: as many as where nothing is said."""
+    return LIVE if effort >= ALL_FROM else None
 
 
 def refine(

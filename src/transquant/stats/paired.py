@@ -27,7 +27,7 @@ from transquant.workers import Workers
 
 BY_ROW = ("conv1d_hf", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")  # kinds whose rows meet the inputs
 MAX_SIDE = 4608  # of the inputs of a layer that is refitted; above it systems of equations take minutes
-MOST_LIVE = 3 << 29  # bytes of activations that all forwards may hold
+MOST_LIVE = 3 << 29  # bytes of activations that all forwards may hold, where nothing else is said
 
 
 @dataclass(slots=True)
@@ -123,7 +123,9 @@ Visit = Callable[[str, Pairs | None], Mapping[str, Tensor]]
 class PairedNetworks:
     """A float network and one whose weights become others on the way, side by side on the same micro-batches."""
 
-    def __init__(self, model: nn.Module, batches: Sequence[Any], plan: Plan, run: Run, pool: Workers) -> None:
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Any], plan: Plan, run: Run, pool: Workers, most_live: int | None = None
+    ) -> None:
         self.run, self.pool = run, pool
         specs = [s for s in plan.specs if isinstance(s, WeightSpec) and s.module is not None]
         self._specs = {s.name: s for s in specs}
@@ -134,7 +136,7 @@ class PairedNetworks:
         self.order = tuple(name for names in self._weights.values() for name in names)
         # each micro-batch waits in two networks, and memory that it needed on its way is not always given back; the rule knows
         # nothing of the machine, so files are the same everywhere
-        self.batches = list(batches[: max(1, MOST_LIVE // max(2 * live, 1))])
+        self.batches = list(batches[: max(1, (most_live or MOST_LIVE) // max(2 * live, 1))])
 
     def walk(self, visit: Visit) -> None:
         """One forward of both networks on all micro-batches, side by side.
