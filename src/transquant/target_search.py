@@ -20,8 +20,7 @@ from transquant.refinement import refine
 from transquant.stats import PairedNetworks, Reference, copy_model
 from transquant.targets import Target
 from transquant.transform_choice import ChosenTransform, choose_transforms, transforms_of
-from transquant.tuning import LARGE, ROUGHER, Tuner, choose
-from transquant.tuning import ROUGH as SAME_SIZE
+from transquant.tuning import LARGE, ROUGHER, SAME_SIZE, Tuner, choose
 
 _log = logging.getLogger("transquant")
 

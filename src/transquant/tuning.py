@@ -25,7 +25,7 @@ DAMPINGS = (
 GROUPINGS = (Grouping("rc", 0.5), Grouping("r", 0.5), Grouping("", 0.0), Grouping("rc", 1.0), Grouping("r", 1.0))
 DEAD_ZONES = (0.5, 0.55, 0.6, 0.65)
 LEANS = ((0.25, 0.25), (0.5, 0.0), (0.5, 1.0), (1.0, 0.5), (1.0, 1.0))  # of a trellis: weight of a bit, shrinkage
-ROUGH = 0.02  # candidates are compared at the same size within this share; what is left is corrected by the rate's slope
+SAME_SIZE = 0.02  # candidates are compared at the same size within this share; what is left is corrected by the rate's slope
 ROUGHER = 0.06  # of large networks: one draft a candidate, nearly always
 
 # multiply–adds of a quantization pass above which fewer candidates are tried; a rule on work, not on time, keeps files
@@ -43,7 +43,7 @@ class Tuner:
         distortion: Callable[[Draft], float],
         target_bytes: float,
         num_values: int,
-        rough: float = ROUGH,
+        rough: float = SAME_SIZE,
     ) -> None:
         self.rough = rough
         self.draft, self.size, self.distortion = draft, size, distortion
