@@ -120,8 +120,8 @@ def compress(
 ) -> CompressedModel:
     """Compress a trained network to a file of a given size.
 
-    `model`: a module, a state dict, or a path to a .safetensors file; it is never changed. `calibration`: any iterable of
-    batches (tensor; tuple or list whose first element is the input; mapping of keyword inputs), or None: then the
+    `model`: a module, a state dict, or a path to one (.safetensors, or .pt, .pth, .bin); it is never changed. `calibration`: any
+    iterable of batches (tensor; tuple or list whose first element is the input; mapping of keyword inputs), or None: then the
     relative squared error of the weights is the metric. Exactly one target: `bits` (8 · bytes of the file / parameters), `size`
     (bytes, or "64KB", "64KiB"), `ratio` (bytes of the tensors / bytes of the file), `distortion` (measured, in units of the
     metric), `step` (the scalar c; no search), or `max_drop=(evaluate, points)`, where `evaluate(model) -> float`, higher is better.
@@ -206,7 +206,11 @@ def load(path: str | PathLike[str], limits: Limits | None = None) -> CompressedM
     """Read a compressed file and check it whole: read → decode → dequantize, the mirror of compress.
 
     Raises InputError where it cannot be read, errors.FileError where it is bad."""
-    data = read_file(path, limits)
+    return load_bytes(read_file(path, limits), limits)
+
+
+def load_bytes(data: bytes, limits: Limits | None = None) -> CompressedModel:
+    """The same of a file in memory. Raises errors.FileError where it is bad."""
     container = read_container(data, limits)
     coded, bits = _decode(container)
     arrays = bitstream.values(container, coded, dequantize)
@@ -279,9 +283,9 @@ def _check_options(metric: str, objective: str, effort: int, seed: int) -> None:
 def _open(model: Any, overrides: Mapping[str, Any] | None) -> tuple[nn.Module | None, Mapping[str, Tensor], Plan]:
     """(module or None, state dict, plan) of what the caller gave."""
     if isinstance(model, str | PathLike):
-        from transquant.modules.files import load_safetensors
+        from transquant.modules.files import load_weights
 
-        model = load_safetensors(model)
+        model = load_weights(model)
     if isinstance(model, Mapping):
         return None, model, modules.apply_overrides(modules.plan_state_dict(model), overrides)
     plan = modules.plan_model(model)

@@ -15,8 +15,13 @@ from transquant.errors import InputError, OutputError
 if TYPE_CHECKING:
     from transquant.cli.calibration import Data
 
-Model = Annotated[str | None, typer.Option("--model", help="FILE.py:FACTORY; the function returns an nn.Module.")]
-Weights = Annotated[Path | None, typer.Option("--weights", help="Float weights, FILE.safetensors.")]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", help="FILE.py:FACTORY (returns an nn.Module), timm:NAME, torchvision:NAME, hf:FOLDER_OR_NAME."),
+]
+Weights = Annotated[
+    Path | None, typer.Option("--weights", help="Float weights: FILE.safetensors, or a state dict in FILE.pt, .pth, .bin.")
+]
 Calibration = Annotated[
     str | None,
     typer.Option(
@@ -211,13 +216,13 @@ def evaluate(
     """Score a compressed network on data, beside the float weights where they are given."""
     set_logging(quiet, verbose)
     if model is None or data is None:
-        raise InputError("evaluate needs --model FILE.py:FACTORY and --data")
+        raise InputError("evaluate needs --model (FILE.py:FACTORY, timm:NAME, torchvision:NAME or hf:NAME) and --data")
     from transquant.cli.models import load_model
     from transquant.cli.scoring import compare
     from transquant.codec import load
 
     compressed = load(file)
-    net = load_model(model, weights)
+    net = load_model(model, weights, pretrained=False)
     test = _data(data, "--data", resize, crop, mean, std, scale, limit, batch, seed)
     assert test is not None
     result = {

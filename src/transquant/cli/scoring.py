@@ -47,7 +47,7 @@ def evaluator(data: Data | None) -> Callable[[nn.Module], float]:
 def compare(model: nn.Module | Any, compressed: CompressedModel, data: Data, has_weights: bool) -> dict[str, float]:
     """Scores of the decoded network, and beside the float one where its weights are known."""
     if not isinstance(model, nn.Module):
-        raise InputError("evaluate needs --model FILE.py:FACTORY")
+        raise InputError("evaluate needs --model, not only weights")
     output = outputs(compressed.install(copy.deepcopy(model)), data)
     result: dict[str, float] = {"samples": len(output)}
     if data.labels is None:
