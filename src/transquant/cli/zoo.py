@@ -6,9 +6,10 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
-from transquant.errors import InputError, MissingDependency
+from transquant.errors import InputError, MissingDependency, TransquantError
 
 
 def from_library(source: str, pretrained: bool) -> nn.Module | None:
@@ -21,11 +22,15 @@ def from_library(source: str, pretrained: bool) -> nn.Module | None:
         raise InputError(f"--model is {source!r}, expected {library}:NAME")
     try:
         make = LIBRARIES[library]()
+    except MissingDependency:
+        raise
     except Exception as error:  # beside a torch that it was not built for a library fails in ways of its own
         why = "" if isinstance(error, ModuleNotFoundError) else f", which cannot be imported here ({_line(error)})"
         raise MissingDependency(f'--model {source} needs {_PACKAGES[library]}{why}: pip install "transquant[zoo]"') from None
     try:
         return make(name, pretrained)
+    except TransquantError:
+        raise
     except Exception as error:
         what = "the weights of" if pretrained else "the network of"
         hint = "; give weights that you have with --weights" if pretrained else ""
@@ -64,8 +69,8 @@ def _transformers() -> Callable[[str, bool], nn.Module]:
         config = transformers.AutoConfig.from_pretrained(name)
         kind: Any = getattr(transformers, (config.architectures or [""])[0], None)
         if kind is None:
-            raise InputError(f"its config.json names the class {config.architectures}, expected one of transformers")
-        model: nn.Module = kind.from_pretrained(name, dtype="auto") if pretrained else kind(config).to(config.dtype)
+            raise InputError(f"config.json of hf:{name} names the classes {config.architectures}, expected one of transformers")
+        model: nn.Module = kind.from_pretrained(name) if pretrained else kind(config).to(config.dtype or torch.float32)
         return model
 
     return make

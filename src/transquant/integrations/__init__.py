@@ -1,7 +1,5 @@
-"""Compressed models in other libraries' own formats; each module needs its library.
-
-transformers    folders that from_pretrained reads and save_pretrained writes
-"""
+"""Compressed models in the formats of other libraries. `transformers`: folders that from_pretrained reads and save_pretrained
+writes; needs the extra "zoo"."""
 
 from __future__ import annotations
 

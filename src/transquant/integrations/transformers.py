@@ -32,12 +32,12 @@ try:
     from transformers.core_model_loading import ConversionOps
     from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
-except ImportError:
-    raise MissingDependency('this needs transformers 5.23 or newer: pip install "transquant[zoo]"') from None
+except Exception as error:  # beside a torchvision of another torch it fails in ways of its own
+    why = f"{type(error).__name__}: {error}".splitlines()[0]
+    raise MissingDependency(f'this needs transformers 5.23 or newer ({why}): pip install "transquant[zoo]"') from None
 
 METHOD = "transquant"
 OPTIONS = tuple(n for n in inspect.signature(codec.compress).parameters if n not in ("model", "calibration"))
-WORDS = "the bytes of a compressed file, read by transquant.integrations.transformers"
 BYTES_A_VALUE = 32  # what may be decoded for each value of the model that config.json describes: twice what the limits count
 
 M = TypeVar("M", bound=torch.nn.Module)
@@ -78,6 +78,10 @@ class TransquantQuantizer(HfQuantizer):  # type: ignore[misc]
         if isinstance(device_map, Mapping) and "disk" in device_map.values():
             raise InputError("device_map has 'disk', allowed are devices: the whole model is decoded into memory")
 
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """That of the model; where config.json does not say, transformers has found that of bytes."""
+        return dtype if dtype.is_floating_point else torch.get_default_dtype()
+
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any) -> None:
         if self.pre_quantized:
             self.compressed = codec.load_bytes(_bytes_in(checkpoint_files), _limits(model))
@@ -109,7 +113,7 @@ class TransquantQuantizer(HfQuantizer):  # type: ignore[misc]
         _check_unchanged(model, self.compressed.state_dict(_limits(model)))
         data = torch.frombuffer(bytearray(self.compressed.data), dtype=torch.uint8)
         name = next(n for n, p in model.named_parameters() if p.ndim > 1)
-        return {name: data}, {METHOD: WORDS}
+        return {name: data}, {}  # one word more would come in random order, and no two folders would be the same
 
     def _dequantize(self, model: M, dtype: Any = None) -> M:
         return model  # its weights are floats already
@@ -120,8 +124,8 @@ class TransquantQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """Trained weights would not be those of the file: `model.dequantize()` first."""
-        return False
+        """Adapters beside the weights are; where the weights themselves are trained, transformers refuses as it stands."""
+        return True
 
     @property
     def is_compileable(self) -> bool:

@@ -67,15 +67,17 @@ def _opened(path: str) -> safe_open:
 def _unpickled(path: str) -> Any:
     """What torch.save wrote, as long as it is made of tensors, numbers, strings and containers."""
     try:
-        with open(path, "rb"), warnings.catch_warnings():
+        open(path, "rb").close()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    try:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of archives that it refuses at once
             # files of before torch 1.6 are no archives, and cannot be mapped
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
-    except Exception:  # unpickling raises whatever damaged bytes lead to
+    except Exception:  # damaged bytes lead to errors of every kind
         raise InputError(
-            f"{path} cannot be read: only state dicts are, since pickled modules and other objects can run code; "
+            f"{path} is damaged or no state dict: only state dicts are read, since pickled modules and other objects can run code; "
             "torch.save(model.state_dict(), ...) writes one"
         ) from None
 
