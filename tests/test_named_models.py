@@ -77,7 +77,7 @@ def test_image_networks_by_name(cli, tmp_path, libraries, source):
         model = get_model(name, weights=None)
     torch.save(model.state_dict(), "own.pth")
     given = ("--model", source, "--weights", "own.pth")
-    code, _, err = cli("compress", *given, "--bits", 6, "--effort", 1, "-o", "net.tq", "-q")
+    code, _, err = cli("compress", *given, "--step", 3e-5, "--effort", 1, "-o", "net.tq", "-q")
     assert (code, err) == (0, "")
     assert cli("inspect", "net.tq")[0] == 0
     (tmp_path / "data.py").write_text(
