@@ -50,7 +50,7 @@ def offline(folder):
 
 
 def need(*libraries):
-    """Skip a test where one of them is missing."""
+    """Skip a test, or a whole file of tests, where one of them is missing."""
     missing = [library for library in libraries if importlib.util.find_spec(library) is None]
     if missing:
-        pytest.skip(f'needs {" and ".join(missing)}: pip install "transquant[zoo]"')
+        pytest.skip(f'needs {" and ".join(missing)}: pip install "transquant[zoo]"', allow_module_level=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from zoo import declare_vision_ops, walks
 
 need("transformers")
 declare_vision_ops()
-transformers = pytest.importorskip("transformers")
+transformers = importlib.import_module("transformers")
 hf = tq.integrations.transformers
 
 
