@@ -148,6 +148,36 @@ def test_a_file_from_elsewhere(small, tmp_path):
     assert same(small, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "folder"))
 
 
+def t5():
+    """Layers that transformers keeps in float32, and one embedding in three places."""
+    config = transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
+    return transformers.T5ForConditionalGeneration(config).half()
+
+
+def mixtral():
+    """Float folders have a tensor for each expert; the model, and so the compressed file, one for all of them."""
+    config = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2
+    )
+    return transformers.MixtralForCausalLM(config)
+
+
+@pytest.mark.parametrize("make", [t5, mixtral])
+def test_models_that_are_not_loaded_as_they_are_saved(make, tmp_path):
+    small = hf.compress(make(), step=1e-4)
+    small.save_pretrained(tmp_path / "small")
+    again = type(small).from_pretrained(tmp_path / "small")
+    assert same(small, again)
+    again.save_pretrained(tmp_path / "again")
+    assert same(small, type(small).from_pretrained(tmp_path / "again"))
+    again.dequantize().save_pretrained(tmp_path / "float")
+    assert same(small.dequantize().to(torch.float32), type(small).from_pretrained(tmp_path / "float").to(torch.float32))
+    config = hf.TransquantConfig(step=1e-4)
+    loaded = type(small).from_pretrained(tmp_path / "float", quantization_config=config)
+    loaded.save_pretrained(tmp_path / "loaded")
+    assert same(loaded, type(small).from_pretrained(tmp_path / "loaded"))
+
+
 def test_half_precision(tmp_path):
     small = hf.compress(gpt2().to(torch.bfloat16), bits=5.0, effort=1)
     small.save_pretrained(tmp_path)
