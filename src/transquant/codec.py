@@ -31,13 +31,27 @@ from transquant.encoder import Encoder, Source
 from transquant.entropy.lanes import decode_planes
 from transquant.errors import InputError
 from transquant.guard import unchanged
-from transquant.records import BandCodes, Coded, CodedEntry, CodedTensor, Container, IntArray, LayerStats, Limits, Plan, Statistics
+from transquant.records import (
+    BandCodes,
+    Coded,
+    CodedEntry,
+    CodedTensor,
+    Container,
+    IntArray,
+    LayerStats,
+    Limits,
+    Plan,
+    Statistics,
+    TensorBits,
+)
 from transquant.refinement import live_in_order, samples_in_order
 from transquant.report import Report
+from transquant.running import install as run_as
+from transquant.running import tensors
 from transquant.stats import PairedNetworks, Reference, collect, weight_statistics
 from transquant.stats.metric import METRICS
 from transquant.target_search import TargetSearch
-from transquant.targets import parse_target
+from transquant.targets import parse_size, parse_target
 from transquant.transform_choice import ChosenTransform
 from transquant.tuning import LARGE
 from transquant.verification import verify as verify_groups
@@ -82,13 +96,20 @@ class CompressedModel:
         container = read_container(self.data, limits or self.limits)
         # what loading has decoded goes to the first who asks: tensors are the caller's to change, so it is given once
         arrays = self.decoded.pop() if self.decoded else bitstream.values(container, _decode(container)[0], dequantize)
-        return _tensors(arrays, container)
+        return tensors(arrays, container)
 
-    def install(self, model: M, mode: str = "float") -> M:
-        """Load the decoded weights into a module, strictly, and return it. Raises InputError where they do not fit."""
-        if mode != "float":
-            raise InputError(f"mode is {mode!r}, allowed is 'float'")
-        return modules.install(model, self.state_dict())
+    def install(self, model: M, mode: str = "float", *, memory: int | str | None = None) -> M:
+        """Put the weights into a module, strictly, and return it (where the module itself is replaced, what replaces it).
+
+        `mode`: "float"; "transform": layers with a transform run as two, basis and transformed kernels; "packed": fixed-length
+        codes stay packed in memory, and a weight is unpacked when its layer runs; "lazy": a weight is decoded when its layer runs,
+        and kept while all that is kept takes at most `memory` (bytes, or "64MB"; None: as much as the three largest weights in
+        float). Packed and lazy weights have no gradients and are not in `state_dict()`. A module on the meta device takes the
+        decoded tensors themselves. `inference.weight_bytes(model)` says what is in memory.
+
+        Raises InputError where the weights do not fit or the file has nothing to run in this mode."""
+        limit = None if memory is None else parse_size(memory)
+        return run_as(model, read_container(self.data, self.limits), self.state_dict, mode, limit)
 
 
 def compress(
@@ -202,16 +223,24 @@ def compress(
     return CompressedModel(encoded.data, report)
 
 
-def load(path: str | PathLike[str], limits: Limits | None = None) -> CompressedModel:
+def load(path: str | PathLike[str], limits: Limits | None = None, *, lazy: bool = False) -> CompressedModel:
     """Read a compressed file and check it whole: read → decode → dequantize, the mirror of compress.
 
+    `lazy`: section by section, so that no more than one is decoded in memory; for models that will be installed packed or lazy.
     Raises InputError where it cannot be read, errors.FileError where it is bad."""
     data = read_file(path, limits)
     container = read_container(data, limits)
-    coded, bits = _decode(container)
-    arrays = bitstream.values(container, coded, dequantize)
-    packed = {n: packing.tensor_bits(t) for n, t in coded.items() if isinstance(t, CodedTensor) and t.codes is not None}
-    return CompressedModel(data, file_report(container, data, bits, packed), limits, [arrays])
+    kept: list[Mapping[str, np.ndarray]] = []
+    bits: list[float] = []
+    packed: dict[str, TensorBits] = {}
+    for part in bitstream.pieces(container) if lazy else [container]:
+        coded, own = _decode(part)
+        arrays = bitstream.values(part, coded, dequantize)
+        bits += own
+        packed |= {n: packing.tensor_bits(t) for n, t in coded.items() if isinstance(t, CodedTensor) and t.codes is not None}
+        if not lazy:
+            kept.append(arrays)
+    return CompressedModel(data, file_report(container, data, bits, packed), limits, kept)
 
 
 def _decode(container: Container) -> tuple[dict[str, Coded], list[float]]:
@@ -227,19 +256,6 @@ def _decode(container: Container) -> tuple[dict[str, Coded], list[float]]:
         return [[planes for planes, _ in section] for section in parts]
 
     return bitstream.decode(container, decoder), bits
-
-
-def _tensors(arrays: Mapping[str, np.ndarray], container: Container) -> dict[str, Tensor]:
-    """Torch tensors in the file's dtypes; aliases share memory."""
-    dtypes, aliases = bitstream.dtypes(container), bitstream.decoded_aliases(container)
-    tensors: dict[str, Tensor] = {}
-    for key, array in arrays.items():
-        if key in aliases:
-            tensors[key] = tensors[aliases[key]]
-        else:
-            tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))  # a copy only where it takes one
-            tensors[key] = tensor.reshape(array.shape).to(getattr(torch, dtypes[key]))
-    return tensors
 
 
 def _verified(search: TargetSearch, reference: Reference | None, c: float, choice: Choice, say: Progress) -> tuple[Any, ...]:
