@@ -54,6 +54,24 @@ def test_every_other_block_runs(tmp_path):
     assert (tmp_path / "curve.png").exists()
 
 
+@pytest.mark.parametrize("page", ["running"])
+def test_the_blocks_of_a_page_run_on_the_readme_s_model(page, tmp_path):
+    """Python blocks of docs pages, and shell blocks, in a folder where the README's have run."""
+    pytest.importorskip("sklearn", reason="the pages' data come with scikit-learn")
+    scripts = str(Path(sys.executable).parent)
+    environment = {**os.environ, "PATH": scripts + os.pathsep + os.environ["PATH"], "COLUMNS": "200"}
+    (tmp_path / "model.py").write_text(next(block for _, block in BLOCKS if block.startswith("# model.py")))
+    prepare = (
+        "python model.py && transquant compress --model model.py:network --weights float.safetensors --ratio 8 --effort 1 -o net.tq"
+    )
+    subprocess.run(["bash", "-c", prepare], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    for language, block in re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "docs" / f"{page}.md").read_text(), re.M | re.S):
+        lines = [[sys.executable, "-c", block]] if language == "python" else [["bash", "-c", line] for line in commands(block)]
+        for line in lines:
+            done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, f"{line[-1]}\n{done.stderr}"
+
+
 def test_the_table_is_that_of_the_benchmark():
     import json
 
