@@ -141,6 +141,24 @@ def decode(container: Container, decode_sections: SectionDecoder) -> dict[str, C
     return coded
 
 
+def pieces(container: Container) -> list[Container]:
+    """The sections of a file as containers of their own, with their entries, in file order; no aliases."""
+    packed: list[Entry] = []
+    exact: list[Entry] = []
+    symbols: list[Entry] = []
+    for entry in container.entries:
+        if is_packed(entry):
+            packed.append(entry)
+        elif isinstance(entry, RawEntry):
+            exact.append(entry)
+        elif not isinstance(entry, AliasEntry):
+            symbols.append(entry)
+    waiting = {"p": iter(packed), "r": iter(exact)}
+    rest: Iterator[Entry] = iter(symbols)
+    groups = [tuple(islice(waiting.get(s.kind, rest), s.count)) for s in container.sections]
+    return [Container(container.step, group, (section,)) for group, section in zip(groups, container.sections, strict=True)]
+
+
 def values(
     container: Container, coded: Mapping[str, Coded], dequantizer: Dequantizer = dequantize
 ) -> dict[str, NDArray[np.generic]]:
@@ -169,14 +187,19 @@ def values(
 
 
 def tensor_values(tensor: CodedTensor, step: tuple[int, int], dequantizer: Dequantizer = dequantize) -> NDArray[np.float32]:
-    """Dequantized matrix float32 (rows, columns) of a coded tensor."""
+    """The matrix float32 (rows, columns) of a coded tensor."""
+    decoded = coefficients(tensor, step, dequantizer)
+    return decoded if tensor.entry.transform == "i" else synthesize(decoded, tensor.basis, tensor.entry)
+
+
+def coefficients(tensor: CodedTensor, step: tuple[int, int], dequantizer: Dequantizer = dequantize) -> NDArray[np.float32]:
+    """Dequantized float32 (rows, columns): of the weight or, where there is a transform, of its coefficients."""
     entry = tensor.entry
     if tensor.codes is None:
         t = total_index(entry.qp, tensor.row_exponents, tensor.column_exponents, entry.group_columns)
     else:
         t = packing.indices(entry, tensor.codes)
-    decoded = dequantizer(tensor.symbols, step, t, entry.recon_offsets, entry.state_bits, entry.fold)
-    return decoded if entry.transform == "i" else synthesize(decoded, tensor.basis, entry)
+    return dequantizer(tensor.symbols, step, t, entry.recon_offsets, entry.state_bits, entry.fold)
 
 
 def to_dtype(array: NDArray[np.float32], dtype: str) -> NDArray[np.generic]:

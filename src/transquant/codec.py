@@ -1,6 +1,6 @@
 """The whole story on one page.
 
-    compress:   plan → collect → (tune) → search on c: [metric → steps → feedback → symbols → encode] → write
+    compress:   plan → collect → (ranks) → (tune) → search on c: [metric → steps → feedback → symbols → encode] → write
                                           (at last layer by layer: paired inputs → targets → metric → …)
     load:       read → decode → dequantize → state dict → install
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from os import PathLike
 from typing import Any, TypeVar
@@ -31,13 +31,29 @@ from transquant.encoder import Encoder, Source
 from transquant.entropy.lanes import decode_planes
 from transquant.errors import InputError
 from transquant.guard import unchanged
-from transquant.records import BandCodes, Coded, CodedEntry, CodedTensor, Container, IntArray, LayerStats, Limits, Plan, Statistics
+from transquant.inference import Calls, count_calls
+from transquant.rank_choice import choose_ranks
+from transquant.records import (
+    BandCodes,
+    Coded,
+    CodedEntry,
+    CodedTensor,
+    Container,
+    IntArray,
+    LayerStats,
+    Limits,
+    Plan,
+    Statistics,
+    TensorBits,
+)
 from transquant.refinement import live_in_order, samples_in_order
 from transquant.report import Report
+from transquant.running import install as run_as
+from transquant.running import tensors
 from transquant.stats import PairedNetworks, Reference, collect, weight_statistics
 from transquant.stats.metric import METRICS
 from transquant.target_search import TargetSearch
-from transquant.targets import parse_target
+from transquant.targets import parse_size, parse_target
 from transquant.transform_choice import ChosenTransform
 from transquant.tuning import LARGE
 from transquant.verification import verify as verify_groups
@@ -82,13 +98,20 @@ class CompressedModel:
         container = read_container(self.data, limits or self.limits)
         # what loading has decoded goes to the first who asks: tensors are the caller's to change, so it is given once
         arrays = self.decoded.pop() if self.decoded else bitstream.values(container, _decode(container)[0], dequantize)
-        return _tensors(arrays, container)
+        return tensors(arrays, container)
 
-    def install(self, model: M, mode: str = "float") -> M:
-        """Load the decoded weights into a module, strictly, and return it. Raises InputError where they do not fit."""
-        if mode != "float":
-            raise InputError(f"mode is {mode!r}, allowed is 'float'")
-        return modules.install(model, self.state_dict())
+    def install(self, model: M, mode: str = "float", *, memory: int | str | None = None) -> M:
+        """Put the weights into a module, strictly, and return it (where the module itself is replaced, what replaces it).
+
+        `mode`: "float"; "transform": layers with a transform run as two, basis and transformed kernels; "packed": fixed-length
+        codes stay packed in memory, and a weight is unpacked when its layer runs; "lazy": a weight is decoded when its layer runs,
+        and kept while all that is kept takes at most `memory` (bytes, or "64MB"; None: as much as the three largest weights in
+        float). Packed and lazy weights have no gradients and are not in `state_dict()`. A module on the meta device takes the
+        decoded tensors themselves. `inference.weight_bytes(model)` says what is in memory.
+
+        Raises InputError where the weights do not fit or the file has nothing to run in this mode."""
+        limit = None if memory is None else parse_size(memory)
+        return run_as(model, read_container(self.data, self.limits), self.state_dict, mode, limit)
 
 
 def compress(
@@ -109,6 +132,7 @@ def compress(
     feedback: bool = True,
     trellis: bool = True,
     objective: str = "bytes",
+    macs: float | None = None,
     effort: int = 5,
     overrides: Mapping[str, Any] | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
@@ -130,7 +154,9 @@ def compress(
     best of them). `coding`: "entropy", or "fixed" for bit depths a group of bands, packed (Young et al.). `coder`: "adaptive", or
     "static" for tables that do not learn: faster to decode, files a few per cent larger, more below 1 bit a weight. `feedback`:
     closed loop, or plain rounding of each coefficient. `trellis`: entropy-coded weights in the closed loop go along the best path
-    of a trellis, or else each is rounded with a dead zone. `overrides`: {name pattern: "exact"} stores matching tensors exactly.
+    of a trellis, or else each is rounded with a dead zone. `objective`: "macs" looks for layers that can be the product of two thin
+    ones at little distortion, so that `install(model, mode="transform")` runs with at most the share `macs` of the network's
+    multiply–adds (0 to 1; needs calibration). `overrides`: {name pattern: "exact"} stores matching tensors exactly.
     Above 2²⁴ weights sizes are searched for on a sample of each layer's rows, then met in one or two passes; without calibration
     such a model may be larger than memory, if it is a path. `effort` 1 or 2: nothing is tuned on held-back samples; 3 to 9: all
     is. From 5 on layers are quantized in execution order at last, each making up for the errors of those before (below 7 on at
@@ -148,8 +174,12 @@ def compress(
     value: no file is finer. The same input, options and seed give the same
     file, whatever the number of threads and processes. Raises InputError, TargetError.
     """
-    _check_options(metric, objective, effort, seed)
+    _check_options(metric, objective, macs, effort, seed)
     method = _method(transform, axis, coding, coder, feedback, trellis, effort)
+    if macs is not None and (transform != "auto" or coding != "entropy" or not feedback or calibration is None):
+        raise InputError("objective 'macs' needs calibration data, transform 'auto', coding 'entropy' and feedback")
+    if macs is not None:  # any other transform would cost some
+        method = replace(method, transform="identity")
     say = progress or (lambda stage, done, total: None)
     given = {"bits": bits, "size": size, "ratio": ratio, "distortion": distortion, "step": step, "max_drop": max_drop}
     module, state, plan = _open(model, overrides)
@@ -163,16 +193,32 @@ def compress(
 
     folder = None if work is None else lambda: WorkFolder(work, KEPT)
     with torch.inference_mode(False), unchanged(module), workers(folder) as pool:
-        options = given if max_drop is None else "max_drop", method, metric, effort, seed, verify, work is None
+        options = given if max_drop is None else "max_drop", method, macs, metric, effort, seed, verify, work is None
         pool.processes.agree("models or options", options, plan, state)
         source = Source(*modules.gather(plan, state))
         most = samples_in_order(plan, effort) if method.feedback else 0
         learns = effort >= DISTILL_FROM and method.feedback
         seen = _calibrate(
-            module, calibration, plan, source, metric, forward, output, seed, pool, say, most, live_in_order(effort), learns
+            module,
+            calibration,
+            plan,
+            source,
+            metric,
+            forward,
+            output,
+            seed,
+            pool,
+            say,
+            most,
+            live_in_order(effort),
+            learns,
+            macs is not None,
         )
         stats, reference = seen.stats, seen.reference
         encoder = Encoder(plan, source, stats, pool, method)
+        if macs is not None and seen.calls is not None:
+            ranks, share = choose_ranks(plan, encoder.layers, source.values, seen.calls, macs)
+            encoder = encoder.transformed(ranks)
         search = TargetSearch(encoder, reference, module, target, effort, say, seen.paired, seen.teacher)
         draft, choice = search.run()
         measured = reference.distortion(draft.state()) if reference else None
@@ -193,6 +239,8 @@ def compress(
         "c": draft.c,
         "samples": stats.samples,
     }
+    if macs is not None:
+        settings["macs"] = {"share": share, "bands": {name: rank.kept for name, rank in ranks.items()}}
     if work is not None:
         settings["work"] = {"layers_taken": taken, "layers_computed": computed}
     if search.scores:
@@ -202,20 +250,28 @@ def compress(
     return CompressedModel(encoded.data, report)
 
 
-def load(path: str | PathLike[str], limits: Limits | None = None) -> CompressedModel:
+def load(path: str | PathLike[str], limits: Limits | None = None, *, lazy: bool = False) -> CompressedModel:
     """Read a compressed file and check it whole: read → decode → dequantize, the mirror of compress.
 
+    `lazy`: section by section, so that no more than one is decoded in memory; for models that will be installed packed or lazy.
     Raises InputError where it cannot be read, errors.FileError where it is bad."""
-    return load_bytes(read_file(path, limits), limits)
+    return load_bytes(read_file(path, limits), limits, lazy=lazy)
 
 
-def load_bytes(data: bytes, limits: Limits | None = None) -> CompressedModel:
+def load_bytes(data: bytes, limits: Limits | None = None, *, lazy: bool = False) -> CompressedModel:
     """The same of a file in memory. Raises errors.FileError where it is bad."""
     container = read_container(data, limits)
-    coded, bits = _decode(container)
-    arrays = bitstream.values(container, coded, dequantize)
-    packed = {n: packing.tensor_bits(t) for n, t in coded.items() if isinstance(t, CodedTensor) and t.codes is not None}
-    return CompressedModel(data, file_report(container, data, bits, packed), limits, [arrays])
+    kept: list[Mapping[str, np.ndarray]] = []
+    bits: list[float] = []
+    packed: dict[str, TensorBits] = {}
+    for part in bitstream.pieces(container) if lazy else [container]:
+        coded, own = _decode(part)
+        arrays = bitstream.values(part, coded, dequantize)
+        bits += own
+        packed |= {n: packing.tensor_bits(t) for n, t in coded.items() if isinstance(t, CodedTensor) and t.codes is not None}
+        if not lazy:
+            kept.append(arrays)
+    return CompressedModel(data, file_report(container, data, bits, packed), limits, kept)
 
 
 def _decode(container: Container) -> tuple[dict[str, Coded], list[float]]:
@@ -231,19 +287,6 @@ def _decode(container: Container) -> tuple[dict[str, Coded], list[float]]:
         return [[planes for planes, _ in section] for section in parts]
 
     return bitstream.decode(container, decoder), bits
-
-
-def _tensors(arrays: Mapping[str, np.ndarray], container: Container) -> dict[str, Tensor]:
-    """Torch tensors in the file's dtypes; aliases share memory."""
-    dtypes, aliases = bitstream.dtypes(container), bitstream.decoded_aliases(container)
-    tensors: dict[str, Tensor] = {}
-    for key, array in arrays.items():
-        if key in aliases:
-            tensors[key] = tensors[aliases[key]]
-        else:
-            tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))  # a copy only where it takes one
-            tensors[key] = tensor.reshape(array.shape).to(getattr(torch, dtypes[key]))
-    return tensors
 
 
 def _verified(search: TargetSearch, reference: Reference | None, c: float, choice: Choice, say: Progress) -> tuple[Any, ...]:
@@ -269,11 +312,15 @@ def _method(transform: str, axis: str | None, coding: str, coder: str, feedback:
     return Method(transform, axis, coding, feedback, state_bits, CODERS[coder])
 
 
-def _check_options(metric: str, objective: str, effort: int, seed: int) -> None:
+def _check_options(metric: str, objective: str, macs: float | None, effort: int, seed: int) -> None:
     if metric not in ("auto", *METRICS):
         raise InputError(f"metric is {metric!r}, allowed are 'auto', {', '.join(map(repr, METRICS))}")
-    if objective != "bytes":
-        raise InputError(f"objective is {objective!r}, allowed is 'bytes'")
+    if objective not in ("bytes", "macs"):
+        raise InputError(f"objective is {objective!r}, allowed are 'bytes', 'macs'")
+    if (objective == "macs") != (macs is not None):
+        raise InputError(
+            f"objective is {objective!r} and macs is {macs!r}: give both objective='macs' and macs=0.9, say, or neither"
+        )
     if isinstance(effort, bool) or not isinstance(effort, int) or not 1 <= effort <= 9:
         raise InputError(f"effort is {effort!r}, allowed are integers 1 to 9")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
@@ -300,12 +347,13 @@ class _Calibrated:
     reference: Reference | None = None
     paired: PairedNetworks | None = None
     teacher: Teacher | None = None
+    calls: dict[str, Calls] | None = None
 
 
 def _calibrate(
     module: nn.Module | None, calibration: Iterable[Any] | None, plan: Plan, source: Source, metric: str,
     forward: Any, output: Any, seed: int, pool: Workers, say: Progress, in_order: int, most_live: int | None,
-    learns: bool,
+    learns: bool, counts: bool,
 ) -> _Calibrated:  # fmt: skip
     """Statistics from most of the samples, and a reference on the others; every sample is run once for each. Pairs of networks, for
     layers in execution order, on at most `in_order` of those with statistics and with at most `most_live` bytes of activations;
@@ -332,4 +380,6 @@ def _calibrate(
     seen = accumulate(map(modules.num_samples, used), initial=0)
     few = [b for b, before in zip(used, seen, strict=False) if before < in_order]
     paired = PairedNetworks(module, few, plan, run_any, pool, most_live) if few else None
-    return _Calibrated(stats, reference, paired, Teacher(module, used, run_any, pool, stats.metric) if learns else None)
+    calls = count_calls(module, batches[0], run) if counts else None
+    teacher = Teacher(module, used, run_any, pool, stats.metric) if learns else None
+    return _Calibrated(stats, reference, paired, teacher, calls)

@@ -6,7 +6,7 @@ pack:   symbols, depths, indices ─ codes ─ bits ─ bytes        unpack: the
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import ceil
 
 import numpy as np
@@ -19,6 +19,7 @@ from transquant.transforms.layout import Layout
 MAX_INDEX = 1000
 
 Bits = NDArray[np.uint8]
+Reader = Callable[[bytes, int, int, int], IntArray]
 
 
 def pack(tensors: Sequence[CodedTensor]) -> bytes:
@@ -31,10 +32,20 @@ def unpack(data: bytes, entries: Sequence[CodedEntry]) -> dict[str, CodedTensor]
     tensors: dict[str, CodedTensor] = {}
     start = 0
     for entry in entries:
-        tensors[entry.name], start = _unpack(data, start, entry)
+        tensors[entry.name], start = unpack_tensor(data, start, entry)
     if start != len(data):
         raise CorruptFile(f"a packed section has {len(data)} bytes, its tensors take {start}")
     return tensors
+
+
+def read_codes(data: bytes, bit: int, depth: int, count: int) -> IntArray:
+    """`count` codes of `depth` bits from a bit on, highest bit first, int32 (count,)."""
+    first, last = bit // 8, ceil((bit + depth * count) / 8)
+    bits = np.unpackbits(np.frombuffer(data, np.uint8, last - first, first))[bit - 8 * first :]
+    codes = np.zeros(count, np.int32)
+    for k in range(depth):
+        codes = 2 * codes + bits[k : depth * count : depth]
+    return codes
 
 
 def indices(entry: CodedEntry, codes: BandCodes) -> NDArray[np.int64]:
@@ -74,7 +85,8 @@ def _pack(tensor: CodedTensor) -> bytes:
     return head + np.packbits(np.concatenate(pieces)).tobytes() if pieces else head
 
 
-def _unpack(data: bytes, start: int, entry: CodedEntry) -> tuple[CodedTensor, int]:
+def unpack_tensor(data: bytes, start: int, entry: CodedEntry, read: Reader = read_codes) -> tuple[CodedTensor, int]:
+    """The tensor whose bytes begin at `start`, and where they end; `read` as `read_codes`. Raises CorruptFile."""
     sizes = group_sizes(entry)
     end = start + len(sizes) * (4 if entry.basis_side else 3)
     if end > len(data):
@@ -97,14 +109,13 @@ def _unpack(data: bytes, start: int, entry: CodedEntry) -> tuple[CodedTensor, in
     stop = end + ceil(sum(rows * columns * b for rows, columns, b in parts) / 8)
     if stop > len(data):
         raise CorruptFile("a packed section ends early")
-    bits = np.unpackbits(np.frombuffer(data, np.uint8, stop - end, end))
     arrays: list[IntArray] = []
-    at = 0
+    at = 8 * end
     for rows, columns, depth in parts:
-        count = rows * columns * depth
-        arrays.append(_symbols(bits[at : at + count], depth, rows, columns))
-        at += count
-    if bits[at:].any():
+        codes = read(data, at, depth, rows * columns) if depth else np.zeros(rows * columns, np.int32)
+        arrays.append(_symbols(codes, depth).reshape(rows, columns))
+        at += rows * columns * depth
+    if stop > end and data[stop - 1] & ((1 << (8 * stop - at)) - 1):
         raise CorruptFile(f"the codes of tensor {entry.name!r} are not followed by zero bits")
     basis = None
     if basis_depths is not None:
@@ -131,10 +142,8 @@ def _bits(symbols: IntArray, depth: int) -> Bits:
     return ((codes[:, None] >> np.arange(depth - 1, -1, -1)) & 1).astype(np.uint8).reshape(-1)
 
 
-def _symbols(bits: Bits, depth: int, rows: int, columns: int) -> IntArray:
+def _symbols(codes: IntArray, depth: int) -> IntArray:
+    """What codes of a depth stand for."""
     if depth == 0:
-        return np.zeros((rows, columns), np.int32)
-    codes = np.zeros(rows * columns, np.int32)
-    for k in range(depth):
-        codes = 2 * codes + bits[k::depth]
-    return (2 * codes - 1 if depth == 1 else codes - (1 << (depth - 1))).reshape(rows, columns).astype(np.int32)
+        return codes
+    return 2 * codes - 1 if depth == 1 else codes - (1 << (depth - 1))

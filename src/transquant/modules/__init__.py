@@ -1,6 +1,6 @@
 """Meets nn.Module: which tensors are coded, as which matrices; how a batch is run; how decoded weights go back."""
 
-from transquant.modules.install import install
+from transquant.modules.install import check, install, load
 from transquant.modules.overrides import apply_overrides
 from transquant.modules.run import batches_of, micro_batches, num_samples, run_batch
 from transquant.modules.source import gather
@@ -9,8 +9,10 @@ from transquant.modules.walk import plan_model, plan_state_dict
 __all__ = [
     "apply_overrides",
     "batches_of",
+    "check",
     "gather",
     "install",
+    "load",
     "micro_batches",
     "num_samples",
     "plan_model",

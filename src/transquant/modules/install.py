@@ -14,9 +14,16 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def install(model: M, state: Mapping[str, Tensor]) -> M:
-    """Load a state dict strictly and return the model; mode, device and dtype stay.
+    """Load a state dict strictly and return the model; mode, device and dtype stay. A model on the meta device takes the tensors
+    themselves.
 
     Raises InputError, before anything is changed, where keys or shapes differ."""
+    check(model, state)
+    return load(model, state)
+
+
+def check(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raises InputError where keys or shapes are not the model's."""
     own = model.state_dict()
     missing, extra = [k for k in own if k not in state], [k for k in state if k not in own]
     wrong = [k for k in own if k in state and own[k].shape != state[k].shape]
@@ -27,8 +34,12 @@ def install(model: M, state: Mapping[str, Tensor]) -> M:
             if names
         ]
         raise InputError(f"the weights do not fit the model: {'; '.join(parts)}")
+
+
+def load(model: M, state: Mapping[str, Tensor]) -> M:
+    """Load those tensors of a model that are in a state dict, which fits."""
     with torch.no_grad():
-        model.load_state_dict(dict(state), strict=True)
+        model.load_state_dict(dict(state), strict=False, assign=any(t.is_meta for t in model.state_dict().values()))
     return model
 
 
