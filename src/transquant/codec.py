@@ -106,7 +106,7 @@ class CompressedModel:
         `mode`: "float"; "transform": layers with a transform run as two, basis and transformed kernels; "packed": fixed-length
         codes stay packed in memory, and a weight is unpacked when its layer runs; "lazy": a weight is decoded when its layer runs,
         and kept while all that is kept takes at most `memory` (bytes, or "64MB"; None: as much as the three largest weights in
-        float). Packed and lazy weights have no gradients and are not in `state_dict()`. A module on the meta device takes the
+        float, or as decoding a section takes anyway). Packed and lazy weights have no gradients and are not in `state_dict()`. A module on the meta device takes the
         decoded tensors themselves. `inference.weight_bytes(model)` says what is in memory.
 
         Raises InputError where the weights do not fit or the file has nothing to run in this mode."""
