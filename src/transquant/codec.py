@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from os import PathLike
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transquant import bitstream, modules, packing
 from transquant.accounting import file_report, report_of
 from transquant.choices import CODERS, KINDS, Choice, LayerTransform, Method
-from transquant.container import read_container, read_file, write_file
+from transquant.container import check_writable, read_container, read_file, write_file
 from transquant.dequantizer import dequantize
 from transquant.distillation import FROM as DISTILL_FROM
 from transquant.distillation import Teacher
@@ -31,10 +31,24 @@ from transquant.encoder import Encoder, Source
 from transquant.entropy.lanes import decode_planes
 from transquant.errors import InputError
 from transquant.guard import unchanged
-from transquant.records import BandCodes, Coded, CodedEntry, CodedTensor, Container, IntArray, LayerStats, Limits, Plan, Statistics
+from transquant.inputs import load_weights, plan_of
+from transquant.records import (
+    GRAPH,
+    BandCodes,
+    Coded,
+    CodedEntry,
+    CodedTensor,
+    Container,
+    IntArray,
+    LayerStats,
+    Limits,
+    Plan,
+    Statistics,
+)
 from transquant.refinement import live_in_order, samples_in_order
 from transquant.report import Report
 from transquant.stats import PairedNetworks, Reference, collect, weight_statistics
+from transquant.stats.copies import wide_copy
 from transquant.stats.metric import METRICS
 from transquant.target_search import TargetSearch
 from transquant.targets import parse_target
@@ -44,6 +58,9 @@ from transquant.verification import verify as verify_groups
 from transquant.weights import CodedWeight
 from transquant.work import WorkFolder
 from transquant.workers import Workers, spread, workers
+
+if TYPE_CHECKING:
+    from transquant.export import ExportedWeight
 
 _log = logging.getLogger("transquant")
 
@@ -79,6 +96,9 @@ class CompressedModel:
         """All keys of the original state dict, decoded, in their dtypes; tied tensors share memory.
 
         Raises errors.FileError."""
+        return {k: v for k, v in self._tensors(limits).items() if k != GRAPH}
+
+    def _tensors(self, limits: Limits | None = None) -> dict[str, Tensor]:
         container = read_container(self.data, limits or self.limits)
         # what loading has decoded goes to the first who asks: tensors are the caller's to change, so it is given once
         arrays = self.decoded.pop() if self.decoded else bitstream.values(container, _decode(container)[0], dequantize)
@@ -89,6 +109,38 @@ class CompressedModel:
         if mode != "float":
             raise InputError(f"mode is {mode!r}, allowed is 'float'")
         return modules.install(model, self.state_dict())
+
+    def export_onnx(
+        self, model: nn.Module, example_input: Any, path: str | PathLike[str], weights: str = "float"
+    ) -> tuple[ExportedWeight, ...]:
+        """Write a module with the decoded weights as an .onnx file of standard operators, with an open batch axis.
+
+        `model` is copied, never changed; a network in half precision is exported in float32. `example_input`: a tensor, a tuple of
+        positional inputs, or a mapping of keyword inputs. `weights`: "float"; or "int8" with a scale an output channel, or
+        "int4" (operator set 21) with one for 32 inputs, which round the decoded weights once more, to the nearest integers
+        (relative errors of about 0.01 and 0.1 on trained networks). Returns a record for each weight, with its
+        relative error. Raises InputError, MissingDependency, OutputError, errors.FileError."""
+        from transquant import export
+
+        export.check_form(weights)
+        check_writable(path)
+        twin = modules.install(wide_copy(model), self.state_dict()).cpu()
+        data, records = export.export_module(twin, example_input, weights)
+        write_file(path, data)
+        return records
+
+    def save_onnx(self, path: str | PathLike[str]) -> None:
+        """Write the .onnx file that was compressed, with decoded values for its weights.
+
+        Raises InputError where the file was not made from one, MissingDependency, OutputError, errors.FileError."""
+        from transquant import export
+
+        check_writable(path)
+        tensors = self._tensors()
+        graph = tensors.pop(GRAPH, None)
+        if graph is None:
+            raise InputError("the file holds no ONNX graph, since it was not made from an .onnx file; export_onnx takes the model")
+        write_file(path, export.restored(graph, tensors))
 
 
 def compress(
@@ -120,7 +172,7 @@ def compress(
 ) -> CompressedModel:
     """Compress a trained network to a file of a given size.
 
-    `model`: a module, a state dict, or a path to a .safetensors file; it is never changed. `calibration`: any iterable of
+    `model`: a module, a state dict, or a path to a .safetensors or .onnx file; it is never changed. `calibration`: any iterable of
     batches (tensor; tuple or list whose first element is the input; mapping of keyword inputs), or None: then the
     relative squared error of the weights is the metric. Exactly one target: `bits` (8 · bytes of the file / parameters), `size`
     (bytes, or "64KB", "64KiB"), `ratio` (bytes of the tensors / bytes of the file), `distortion` (measured, in units of the
@@ -279,11 +331,9 @@ def _check_options(metric: str, objective: str, effort: int, seed: int) -> None:
 def _open(model: Any, overrides: Mapping[str, Any] | None) -> tuple[nn.Module | None, Mapping[str, Tensor], Plan]:
     """(module or None, state dict, plan) of what the caller gave."""
     if isinstance(model, str | PathLike):
-        from transquant.modules.files import load_safetensors
-
-        model = load_safetensors(model)
+        model = load_weights(model)
     if isinstance(model, Mapping):
-        return None, model, modules.apply_overrides(modules.plan_state_dict(model), overrides)
+        return None, model, modules.apply_overrides(plan_of(model), overrides)
     plan = modules.plan_model(model)
     return model, model.state_dict(), modules.apply_overrides(plan, overrides)
 

@@ -11,23 +11,21 @@ from typing import Any
 from torch import Tensor, nn
 
 from transquant.errors import InputError
+from transquant.inputs import load_weights
 from transquant.modules import install
 from transquant.modules.files import load_safetensors
 
 
 def load_model(model: str | None, weights: Path | None) -> nn.Module | Mapping[str, Tensor]:
-    """The module of FILE.py:FACTORY with the weights of a .safetensors file in it; the file's tensors where no model is
-    named. Raises InputError."""
+    """The module of FILE.py:FACTORY with the weights of a .safetensors file in it; the tensors of a .safetensors or .onnx file
+    where no model is named. Raises InputError."""
     if model is None:
         if weights is None:
-            raise InputError("give a model: --model FILE.py:FACTORY, --weights FILE.safetensors, or both")
-        return load_safetensors(weights)
-    try:
-        module = call(model, "--model")
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"the factory of --model {model} failed: {type(error).__name__}: {error}") from error
+            raise InputError("give a model: --model FILE.py:FACTORY, --weights FILE.safetensors, both, or --weights FILE.onnx")
+        return load_weights(weights)
+    if weights is not None and weights.suffix == ".onnx":
+        raise InputError(f"--weights {weights} is a network by itself: give it without --model")
+    module = returned(model, "--model", "factory")
     if not isinstance(module, nn.Module):
         raise InputError(f"the factory of --model {model} returned a {type(module).__name__}, expected an nn.Module")
     if weights is not None:
@@ -37,6 +35,16 @@ def load_model(model: str | None, weights: Path | None) -> nn.Module | Mapping[s
                 state.setdefault(key, value)
         install(module, state)
     return module.eval()
+
+
+def returned(source: str, option: str, what: str = "function") -> Any:
+    """The result of a function named on the command line, what it raises turned into InputError."""
+    try:
+        return call(source, option)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"the {what} of {option} {source} failed: {type(error).__name__}: {error}") from error
 
 
 def call(source: str, option: str) -> Any:

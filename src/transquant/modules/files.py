@@ -38,7 +38,7 @@ def load_safetensors(path: str | PathLike[str]) -> TensorFile:
     """The tensors of a .safetensors file, by name, read when they are asked for. Raises InputError."""
     if not fspath(path).endswith(".safetensors"):
         raise InputError(
-            f"cannot read weights from {fspath(path)}: allowed are .safetensors (safetensors.torch.save_file writes them)"
+            f"cannot read weights from {fspath(path)}: allowed are .onnx and .safetensors (safetensors.torch.save_file writes them)"
         )
     return TensorFile(path)
 
