@@ -64,8 +64,21 @@ def restored(graph: Tensor, tensors: Mapping[str, Tensor]) -> bytes:
     onnx = library()
     try:
         model = onnx.load_from_string(graph.numpy().tobytes())
-    except Exception as error:
-        raise CorruptFile(f"the file's ONNX graph cannot be parsed: {first_line(error)}") from None
+        _fill(model, tensors)
+        if model.ByteSize() > MOST_BYTES:
+            raise CorruptFile(f"the file's ONNX graph has {model.ByteSize():,} bytes, allowed are at most 2 GiB")
+        onnx.checker.check_model(model)
+    except CorruptFile:
+        raise
+    except Exception as error:  # of protobuf or of ONNX's checker, and names that are no text
+        raise CorruptFile(f"the file's ONNX graph is not valid: {first_line(error)}") from None
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
+
+
+def _fill(model: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Put values into the hollow tensors of a graph. Raises CorruptFile where any is missing, of another shape, or left."""
+    onnx = library()
     dtypes = {onnx.TensorProto.DataType.Value(name): dtype for name, dtype in DTYPES.items()}
     if any(isinstance(m, onnx.TensorProto) and (m.external_data or m.data_location) for m in messages(model)):
         raise CorruptFile("the file's ONNX graph refers to data outside the file")
@@ -79,14 +92,6 @@ def restored(graph: Tensor, tensors: Mapping[str, Tensor]) -> bytes:
         hollow.raw_data = _bytes(value)
     if left:
         raise CorruptFile(f"the file's ONNX graph has no tensor {next(iter(left))!r:.100}")
-    if model.ByteSize() > MOST_BYTES:
-        raise CorruptFile(f"the file's ONNX graph has {model.ByteSize():,} bytes, allowed are at most 2 GiB")
-    try:
-        onnx.checker.check_model(model)
-    except Exception as error:
-        raise CorruptFile(f"the file's ONNX graph is not valid: {first_line(error)}") from None
-    data: bytes = model.SerializeToString(deterministic=True)
-    return data
 
 
 def _taken_out(model: Any) -> OnnxTensors:
@@ -94,6 +99,9 @@ def _taken_out(model: Any) -> OnnxTensors:
     onnx = library()
     dtypes = {onnx.TensorProto.DataType.Value(name): dtype for name, dtype in DTYPES.items()}
     clean(model)
+    for part in messages(model):
+        if isinstance(part, onnx.TensorProto):
+            part.ClearField("data_location")  # all is here now
     taken: list[tuple[str, tuple[Stored, Tensor]]] = []
     for item in stored(model.graph, weight_uses):
         if item.tensor.data_type in dtypes and prod(item.tensor.dims) > 0 and _is_name(item.name):
@@ -122,19 +130,24 @@ def _goes(item: Stored, value: Tensor) -> bool:
     return item.initialiser and finite and (value.numel() >= FEW or (real and value.ndim > 0))
 
 
-def _is_name(name: str) -> bool:
-    return name.isprintable() and 0 < len(name.encode("utf-8", "replace")) <= 500 and not name.startswith(GRAPH_PREFIX)
+def _is_name(name: str | bytes) -> bool:  # bytes are what protobuf makes of text that is none
+    return (
+        isinstance(name, str)
+        and name.isprintable()
+        and 0 < len(name.encode("utf-8", "replace")) <= 500
+        and not name.startswith(GRAPH_PREFIX)
+    )
 
 
 def _named(tensors: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
     """The same tensors, each with a name of its own."""
-    taken: set[str] = set()
+    counts: dict[str, int] = {}
     for name, tensor in tensors:
-        own, count = name, 1
-        while own in taken:
-            count += 1
-            own = f"{name}#{count}"
-        taken.add(own)
+        own = name
+        while own in counts:
+            counts[name] += 1
+            own = f"{name}#{counts[name]}"
+        counts[own] = 1
         yield own, tensor
 
 

@@ -14,7 +14,7 @@ from transquant.export.library import library
 
 BLOCK = 32  # inputs that share a scale of int4
 RANGES = {"int8": (-128, 127), "int4": (-8, 7)}
-TRIED = {"int8": np.arange(0.80, 1.011, 0.015), "int4": np.arange(0.40, 1.101, 0.025)}  # scales, of largest value / largest code
+TRIED = {"int8": np.linspace(0.80, 1.0, 21), "int4": np.linspace(0.40, 1.1, 29)}  # scales, of largest value / largest code
 PIECE = 1 << 22  # weights whose scales are found at a time
 
 Floats = NDArray[np.float32]
