@@ -166,6 +166,11 @@ class Undecided(nn.Module):
         return self.layer(x) if float(x.sum()) > 0 else x
 
 
+class ThreeAtATime(Undecided):
+    def forward(self, x):
+        return self.layer(x) + torch.ones(3, 4)
+
+
 def test_what_cannot_be_exported_is_one_sentence(small, small_six, pictures, tmp_path, monkeypatch):
     out = tmp_path / "net.onnx"
     for weights, example, message in (
@@ -180,6 +185,9 @@ def test_what_cannot_be_exported_is_one_sentence(small, small_six, pictures, tmp
     other = Undecided()
     with pytest.raises(errors.InputError, match="torch cannot export"):
         tq.compress(other, step=0.01).export_onnx(other, torch.randn(2, 4), out)
+    fixed = ThreeAtATime()
+    with pytest.raises(errors.InputError, match=r"fixes the number of samples \(3 here\)"):
+        tq.compress(fixed, step=0.01).export_onnx(fixed, torch.randn(3, 4), out)
     with pytest.raises(errors.InputError, match="do not fit"):
         small_six.export_onnx(other, torch.randn(2, 4), out)
     with pytest.raises(errors.OutputError, match="does not exist"):

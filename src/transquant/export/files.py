@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from transquant.errors import CorruptFile, InputError
-from transquant.export.graphs import Stored, stored, weight_uses
+from transquant.export.graphs import WEIGHTS, Stored, stored, weight_uses
 from transquant.export.library import MOST_BYTES, clean, first_line, library, messages
 from transquant.records import GRAPH, GRAPH_PREFIX
 
@@ -52,16 +52,19 @@ def load_onnx(path: str | PathLike[str]) -> OnnxTensors:
         raise InputError(f"{fspath(path)} has {model.ByteSize():,} bytes of graph and weights, allowed are at most 2 GiB")
     try:
         onnx.checker.check_model(model)
-        return _taken_out(model)
-    except InputError:
-        raise
+        tensors = _taken_out(model)
     except Exception as error:
         raise InputError(f"{fspath(path)} is not a valid .onnx file: {first_line(error)}") from None
+    if all(name in tensors.exact for name in tensors):
+        raise InputError(f"{fspath(path)} has no weight to code: coded are matrices of floats that {', '.join(WEIGHTS)} use")
+    return tensors
 
 
 def restored(graph: Tensor, tensors: Mapping[str, Tensor]) -> bytes:
     """The bytes of the ONNX file whose graph and tensors these are. Raises CorruptFile where they are not, MissingDependency."""
     onnx = library()
+    if graph.dtype != torch.uint8 or graph.ndim != 1:
+        raise CorruptFile(f"the file's ONNX graph is a {graph.dtype} of shape {tuple(graph.shape)}, expected bytes")
     try:
         model = onnx.load_from_string(graph.numpy().tobytes())
         _fill(model, tensors)
@@ -111,7 +114,7 @@ def _taken_out(model: Any) -> OnnxTensors:
     tensors, exact = {}, {GRAPH: "the network's graph"}
     for name, (item, value) in _named(taken):
         tensors[name] = value
-        if not item.weight:
+        if not (item.weight and value.is_floating_point() and value.ndim > 1):
             exact[name] = "no weight of a coded operator"
         for field in DATA:
             item.tensor.ClearField(field)

@@ -32,13 +32,16 @@ def first_line(error: BaseException) -> str:
 
 def messages(message: Any) -> Iterator[Any]:
     """A protobuf message and all those inside, outer ones first."""
-    stack = [message]
+    stack = [iter([message])]
     while stack:
-        item = stack.pop()
+        item = next(stack[-1], None)
+        if item is None:
+            stack.pop()
+            continue
         yield item
         for field, value in item.ListFields():
             if field.message_type is not None:
-                stack += list(value) if field.is_repeated else [value]
+                stack.append(iter(value) if field.is_repeated else iter([value]))
 
 
 def clean(model: Any) -> None:

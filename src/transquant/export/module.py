@@ -52,6 +52,10 @@ def export_module(model: nn.Module, example: Any, weights: str = "float") -> tup
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
+        if "user-specified ranges" in str(cause) or "Constraints violated" in str(cause):
+            raise InputError(
+                f"the model fixes the number of samples ({batch} here), allowed are models that take any number"
+            ) from error
         raise InputError(f"torch cannot export the model to ONNX: {type(cause).__name__}: {first_line(cause)}") from error
     strange = sorted({n.domain for graph in nested(proto.graph) for n in graph.node} - set(STANDARD))
     if strange:
