@@ -238,6 +238,14 @@ def test_damaged_graphs_raise_nothing_else(compressed, tmp_path):
     assert refused > 50
 
 
+def test_a_graph_of_a_million_empty_nodes(tmp_path):
+    """Two kilobytes that would take 600 MB once they are parsed."""
+    body = b"\x0a\x00" * 1_000_000
+    (tmp_path / "bomb.tq").write_bytes(file_of(b"\x08\x08\x3a\x80\x89\x7a" + body))
+    with pytest.raises(errors.LimitExceeded, match=r"raise Limits\(max_decoded_bytes=\.\.\., max_expansion=\.\.\.\)"):
+        tq.load(tmp_path / "bomb.tq").save_onnx(tmp_path / "out.onnx")
+
+
 def test_a_file_without_a_graph(tmp_path):
     compressed = tq.compress({"w": torch.randn(8, 8)}, step=0.1)
     with pytest.raises(errors.InputError, match="holds no ONNX graph"):

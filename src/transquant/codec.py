@@ -140,7 +140,9 @@ class CompressedModel:
         graph = tensors.pop(GRAPH, None)
         if graph is None:
             raise InputError("the file holds no ONNX graph, since it was not made from an .onnx file; export_onnx takes the model")
-        write_file(path, export.restored(graph, tensors))
+        limits = self.limits or Limits()
+        room = min(limits.max_decoded_bytes, max(limits.free_expansion_bytes, limits.max_expansion * len(self.data)))
+        write_file(path, export.restored(graph, tensors, room))
 
 
 def compress(

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from transquant.errors import CorruptFile, InputError
-from transquant.export.graphs import WEIGHTS, Stored, stored, weight_uses
+from transquant.errors import CorruptFile, InputError, LimitExceeded
+from transquant.export.graphs import STANDARD, WEIGHTS, Stored, nested, stored, weight_uses
 from transquant.export.library import MOST_BYTES, clean, first_line, library, messages
 from transquant.records import GRAPH, GRAPH_PREFIX
 
@@ -25,6 +25,7 @@ DTYPES = {  # ONNX's names of the dtypes that a file can hold
     "UINT8": torch.uint8, "UINT16": torch.uint16, "UINT32": torch.uint32, "UINT64": torch.uint64,
 }  # fmt: skip
 DATA = ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data")
+COST = 256  # bytes of memory that a byte of a graph takes at most, in empty nodes, parsed here and in the checker
 FEW = 32  # integers of fewer elements (shapes, axes) stay in the graph, where they take less than an entry
 
 
@@ -60,11 +61,18 @@ def load_onnx(path: str | PathLike[str]) -> OnnxTensors:
     return tensors
 
 
-def restored(graph: Tensor, tensors: Mapping[str, Tensor]) -> bytes:
-    """The bytes of the ONNX file whose graph and tensors these are. Raises CorruptFile where they are not, MissingDependency."""
+def restored(graph: Tensor, tensors: Mapping[str, Tensor], room: int) -> bytes:
+    """The bytes of the ONNX file whose graph and tensors these are; parsing the graph may take `room` bytes of memory.
+
+    Raises CorruptFile where they are not, LimitExceeded, MissingDependency."""
     onnx = library()
     if graph.dtype != torch.uint8 or graph.ndim != 1:
         raise CorruptFile(f"the file's ONNX graph is a {graph.dtype} of shape {tuple(graph.shape)}, expected bytes")
+    if COST * graph.numel() > room:
+        raise LimitExceeded(
+            f"the file's ONNX graph of {graph.numel()} bytes may take {COST} times as much memory, the limits allow {room} bytes; "
+            "raise Limits(max_decoded_bytes=..., max_expansion=...) if you trust the file"
+        )
     try:
         model = onnx.load_from_string(graph.numpy().tobytes())
         _fill(model, tensors)
@@ -105,6 +113,10 @@ def _taken_out(model: Any) -> OnnxTensors:
     for part in messages(model):
         if isinstance(part, onnx.TensorProto):
             part.ClearField("data_location")  # all is here now
+    graphs = list(nested(model.graph))
+    if all(node.domain in STANDARD for graph in graphs for node in graph.node):
+        for graph in graphs:
+            graph.ClearField("value_info")  # shapes between the nodes: a third of a graph, and any runtime infers them
     taken: list[tuple[str, tuple[Stored, Tensor]]] = []
     for item in stored(model.graph, weight_uses):
         if item.tensor.data_type in dtypes and prod(item.tensor.dims) > 0 and _is_name(item.name):
