@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import numpy as np
 import onnx
@@ -80,6 +81,7 @@ def test_a_module_with_decoded_weights(small, small_six, pictures, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["net.onnx"]
 
 
+@pytest.mark.slow
 def test_every_kind_of_layer(words, tmp_path):
     compressed = tq.compress(words, step=0.01, effort=1)
     ids = torch.randint(0, 40, (4, 9), generator=torch.Generator().manual_seed(0))
@@ -209,7 +211,8 @@ def test_the_command_line(cli, tmp_path, small, small_six, pictures):
     (tmp_path / "model.py").write_text(
         (tmp_path / "model.py").read_text() + "\ndef picture():\n    return torch.randn(2, 3, 12, 12)\n"
     )
-    assert cli(*base, "--example", "model.py:picture", "--force", "--json")[0] == 0
+    code, out, _ = cli(*base, "--example", "model.py:picture", "--force", "--json")
+    assert (code, [w["form"] for w in json.loads(out)["weights"]]) == (0, ["float"] * 4)
     assert far(run(tmp_path / "net.onnx", pictures), expected(small_six, small, pictures)) < 1e-5
     for more, message in (
         ((), "give one example input"),

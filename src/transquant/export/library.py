@@ -41,7 +41,7 @@ def messages(message: Any) -> Iterator[Any]:
         yield item
         for field, value in item.ListFields():
             if field.message_type is not None:
-                stack.append(iter(value) if field.is_repeated else iter([value]))
+                stack.append(iter([value] if hasattr(value, "ListFields") else value))
 
 
 def clean(model: Any) -> None:

@@ -64,7 +64,10 @@ def export_module(model: nn.Module, example: Any, weights: str = "float") -> tup
     records = with_integers(proto, weights)
     if proto.ByteSize() > MOST_BYTES:
         raise InputError(f"the ONNX file would have {proto.ByteSize():,} bytes, allowed are at most 2 GiB")
-    onnx.checker.check_model(proto, full_check=True)
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except Exception as error:
+        raise InputError(f"what torch exports of the model fails ONNX's checker: {first_line(error)}") from error
     return proto.SerializeToString(deterministic=True), records
 
 
