@@ -184,10 +184,11 @@ def compress(
     """Compress a trained network to a file of a given size.
 
     `model`: a module, a state dict, a path to one (.safetensors, .pt, .pth, .bin) or to an .onnx file; it is never changed.
-    `calibration`: any iterable of batches (tensor; tuple or list whose first element is the input; mapping of keyword inputs), or None: then the
-    relative squared error of the weights is the metric. Exactly one target: `bits` (8 · bytes of the file / parameters), `size`
-    (bytes, or "64KB", "64KiB"), `ratio` (bytes of the tensors / bytes of the file), `distortion` (measured, in units of the
-    metric), `step` (the scalar c; no search), or `max_drop=(evaluate, points)`, where `evaluate(model) -> float`, higher is better.
+    `calibration`: any iterable of batches (tensor; tuple or list whose first element is the input; mapping of keyword inputs), or
+    None: then the relative squared error of the weights is the metric. Exactly one target: `bits` (8 · bytes of the file /
+    parameters), `size` (bytes, or "64KB", "64KiB"), `ratio` (bytes of the tensors / bytes of the file), `distortion` (measured, in
+    units of the metric), `step` (the scalar c; no search), or `max_drop=(evaluate, points)`, where `evaluate(model) -> float`,
+    higher is better.
     `metric`: "kl", "mse", "weights" or "auto". `transform`: "auto" takes for each layer what costs least, its basis included;
     "identity", "dct", "klt", "elt" force one wherever it fits, over `axis` "kernel", "input", "output" or "joint" (None: the
     best of them). `coding`: "entropy", or "fixed" for bit depths a group of bands, packed (Young et al.). `coder`: "adaptive", or
