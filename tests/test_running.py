@@ -10,35 +10,13 @@ import torch
 from torch import nn
 
 import transquant as tq
-from layer_models import MODELS, Pipe, make
+from layer_models import Pipe
+from layer_table import MORE, NAMES, layer_model, relative
 from transquant import inference, running
 from transquant.errors import InputError
 
 
-def relative(model, other, samples):
-    with torch.no_grad():
-        y, z = (m(samples).double() for m in (model, other))
-    return float((y - z).norm() / y.norm())
-
-
-CONVOLUTIONS = {
-    "conv2d": lambda: Pipe(nn.Conv2d(6, 24, 3, stride=2, padding=1, padding_mode="reflect"), 24),
-    "conv2d_groups": lambda: Pipe(nn.Conv2d(12, 24, (3, 2), padding=(1, 0), groups=3, bias=False), 24),
-    "depthwise": lambda: Pipe(nn.Conv2d(12, 24, 3, padding=2, dilation=2, groups=12), 24),
-    "pointwise": lambda: Pipe(nn.Conv2d(12, 24, 1), 24),
-    "linear": lambda: Pipe(nn.Linear(12, 24), 24),
-}
-INPUTS = {"conv2d": (6, 7, 8), "linear": (12,)}
-
-
-def layer_model(name, samples=4):
-    if name in MODELS:
-        return make(name, samples)
-    torch.manual_seed(0)
-    return CONVOLUTIONS[name]().eval(), torch.randn(samples, *INPUTS.get(name, (12, 7, 8)))
-
-
-@pytest.mark.parametrize("name", [*CONVOLUTIONS, *MODELS])
+@pytest.mark.parametrize("name", NAMES)
 def test_every_layer_in_every_mode(name, tmp_path):
     model, samples = layer_model(name)
     step = 0.002 if "weight_norm" in name else 0.02  # rows of zeros have no direction
@@ -182,7 +160,7 @@ def test_meta_models_are_filled(tmp_path):
     decoded = compressed.install(copy.deepcopy(model))
     for mode in ("float", "packed", "lazy", "transform"):
         with torch.device("meta"):
-            empty = CONVOLUTIONS["linear"]()
+            empty = MORE["linear"]()
         assert relative(decoded, compressed.install(empty.eval(), mode=mode), x) < 1e-6
 
 

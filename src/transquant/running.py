@@ -119,8 +119,10 @@ def _two_layers(
     layer: nn.Module | None, attribute: str, tensor: CodedTensor, step: tuple[int, int], shared: bool
 ) -> inference.TransformDomain | str:
     kind = kind_of(layer)
-    if layer is None or kind is None or attribute != "weight":
+    if layer is None or kind is None:
         return "it is not the weight of a layer that is known"
+    if attribute != "weight":
+        return f"layers of kind {kind} have no form of two layers"
     if shared:
         return "it is shared with another layer"
     coeffs = bitstream.coefficients(tensor, step, dequantize)

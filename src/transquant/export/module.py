@@ -36,6 +36,9 @@ def export_module(model: nn.Module, example: Any, weights: str = "float") -> tup
     onnx = library("onnxscript")
     arguments, keywords = _arguments(example)
     batch = next((len(t) for t in _tensors((arguments, keywords)) if t.ndim), 0)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.LSTM) and module.proj_size:
+            raise InputError(f"LSTM {name!r} has projections, for which ONNX has no standard operator")
     if batch == 0:
         raise InputError("the example input has no tensor with samples, expected a tensor, a tuple, or a mapping of keyword inputs")
     arguments, keywords = _doubled(arguments, batch), _doubled(keywords, batch)
