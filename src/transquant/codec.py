@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from transquant import bitstream, modules, packing
 from transquant.accounting import file_report, report_of
+from transquant.activations import parse_activations, plan_activations
 from transquant.choices import CODERS, KINDS, Choice, LayerTransform, Method
 from transquant.container import read_container, read_file, write_file
 from transquant.dequantizer import dequantize
@@ -37,6 +38,7 @@ from transquant.records import (
     CodedEntry,
     CodedTensor,
     Container,
+    InputStats,
     IntArray,
     LayerStats,
     Limits,
@@ -67,7 +69,7 @@ M = TypeVar("M", bound=nn.Module)
 STATE_BITS = 3  # log2 of the number of states of a trellis
 MORE_STATE_BITS = {6: 4, 7: 5, 8: 5, 9: 6}  # by effort
 KEPT = (  # what a work folder may hold
-    Statistics, LayerStats, CodedWeight, CodedTensor, CodedEntry, BandCodes, ChosenTransform, LayerTransform,
+    Statistics, LayerStats, InputStats, CodedWeight, CodedTensor, CodedEntry, BandCodes, ChosenTransform, LayerTransform,
 )  # fmt: skip
 WORTH_THREADS = 1 << 17  # bytes of symbol sections that are decoded in threads
 HELD_BACK = 512  # samples, at most, and at most one in five
@@ -104,8 +106,10 @@ class CompressedModel:
         `mode`: "float"; "transform": layers with a transform run as two, basis and transformed kernels; "packed": fixed-length
         codes stay packed in memory, and a weight is unpacked when its layer runs; "lazy": a weight is decoded when its layer runs,
         and kept while all that is kept takes at most `memory` (bytes, or "64MB"; None: as much as the three largest weights in
-        float). Packed and lazy weights have no gradients and are not in `state_dict()`. A module on the meta device takes the
-        decoded tensors themselves. `inference.weight_bytes(model)` says what is in memory.
+        float); "activations": inputs of layers are rounded to what the file says of them (`compress(activations=)`); "int8": the
+        same in integers, weights with eight bits an output channel. Packed, lazy and int8 weights have no gradients, and
+        `state_dict()` has no packed and lazy ones. A module on the meta device takes the decoded tensors themselves.
+        `inference.weight_bytes(model)` says what is in memory.
 
         Raises InputError where the weights do not fit or the file has nothing to run in this mode."""
         limit = None if memory is None else parse_size(memory)
@@ -122,6 +126,7 @@ def compress(
     distortion: float | None = None,
     step: float | None = None,
     max_drop: tuple[Callable[[Any], float], float] | None = None,
+    activations: float | None = None,
     metric: str = "auto",
     transform: str = "auto",
     axis: str | None = None,
@@ -146,12 +151,14 @@ def compress(
     relative squared error of the weights is the metric. Exactly one target: `bits` (8 · bytes of the file / parameters), `size`
     (bytes, or "64KB", "64KiB"), `ratio` (bytes of the tensors / bytes of the file), `distortion` (measured, in units of the
     metric), `step` (the scalar c; no search), or `max_drop=(evaluate, points)`, where `evaluate(model) -> float`, higher is better.
-    `metric`: "kl", "mse", "weights" or "auto". `transform`: "auto" takes for each layer what costs least, its basis included;
-    "identity", "dct", "klt", "elt" force one wherever it fits, over `axis` "kernel", "input", "output" or "joint" (None: the
-    best of them). `coding`: "entropy", or "fixed" for bit depths a group of bands, packed (Young et al.). `coder`: "adaptive", or
-    "static" for tables that do not learn: faster to decode, files a few per cent larger, more below 1 bit a weight. `feedback`:
-    closed loop, or plain rounding of each coefficient. `trellis`: entropy-coded weights in the closed loop go along the best path
-    of a trellis, or else each is rounded with a dead zone. `overrides`: {name pattern: "exact"} stores matching tensors exactly.
+    `activations`: bits a value, 2 to 8 on average over all inputs of coded layers, to which modes "activations" and "int8" of
+    `install` quantize them (docs/activations.md); None: not. `metric`: "kl", "mse", "weights" or "auto". `transform`: "auto" takes
+    for each layer what costs least, its basis included; "identity", "dct", "klt", "elt" force one wherever it fits, over `axis`
+    "kernel", "input", "output" or "joint" (None: the best of them). `coding`: "entropy", or "fixed" for bit depths a group of
+    bands, packed (Young et al.). `coder`: "adaptive", or "static" for tables that do not learn: faster to decode, files a few per
+    cent larger, more below 1 bit a weight. `feedback`: closed loop, or plain rounding of each coefficient. `trellis`:
+    entropy-coded weights in the closed loop go along the best path of a trellis, or else each is rounded with a dead zone.
+    `overrides`: {name pattern: "exact"} stores matching tensors exactly.
     Above 2²⁴ weights sizes are searched for on a sample of each layer's rows, then met in one or two passes; without calibration
     such a model may be larger than memory, if it is a path. `effort` 1 or 2: nothing is tuned on held-back samples; 3 to 9: all
     is. From 5 on layers are quantized in execution order at last, each making up for the errors of those before (below 7 on at
@@ -181,19 +188,22 @@ def compress(
         raise InputError("verify needs calibration data: without it there is nothing to measure")
     if calibration is None and metric in ("kl", "mse"):
         raise InputError(f"metric {metric!r} needs calibration data; without it the metric is 'weights'")
+    input_bits = parse_activations(activations, calibration is not None and metric != "weights")
 
     folder = None if work is None else lambda: WorkFolder(work, KEPT)
     with torch.inference_mode(False), unchanged(module), workers(folder) as pool:
-        options = given if max_drop is None else "max_drop", method, metric, effort, seed, verify, work is None
+        options = given if max_drop is None else "max_drop", method, metric, effort, seed, verify, work is None, input_bits
         pool.processes.agree("models or options", options, plan, state)
         source = Source(*modules.gather(plan, state))
         most = samples_in_order(plan, effort) if method.feedback else 0
         learns = effort >= DISTILL_FROM and method.feedback
         seen = _calibrate(
-            module, calibration, plan, source, metric, forward, output, seed, pool, say, most, live_in_order(effort), learns
-        )
+            module, calibration, plan, source, metric, forward, output, seed, pool, say, most, live_in_order(effort), learns,
+            input_bits is not None,
+        )  # fmt: skip
         stats, reference = seen.stats, seen.reference
-        encoder = Encoder(plan, source, stats, pool, method)
+        inputs = None if input_bits is None else plan_activations(stats, input_bits, pool)
+        encoder = Encoder(plan, source, stats, pool, method, activations=inputs)
         search = TargetSearch(encoder, reference, module, target, effort, say, seen.paired, seen.teacher)
         draft, choice = search.run()
         measured = reference.distortion(draft.state()) if reference else None
@@ -218,8 +228,9 @@ def compress(
         settings["work"] = {"layers_taken": taken, "layers_computed": computed}
     if search.scores:
         settings["score"] = {"float": search.scores[0], "compressed": search.scores[1]}
+    quantized = None if inputs is None else (inputs.mean_bits, inputs.predicted)
     gains = {name: t.gain for name, t in search.transforms.items()}
-    report = report_of(plan, stats, draft, encoded, measured, settings, gains, points)
+    report = report_of(plan, stats, draft, encoded, measured, settings, gains, points, quantized)
     return CompressedModel(encoded.data, report)
 
 
@@ -317,7 +328,7 @@ class _Calibrated:
 def _calibrate(
     module: nn.Module | None, calibration: Iterable[Any] | None, plan: Plan, source: Source, metric: str,
     forward: Any, output: Any, seed: int, pool: Workers, say: Progress, in_order: int, most_live: int | None,
-    learns: bool,
+    learns: bool, inputs: bool,
 ) -> _Calibrated:  # fmt: skip
     """Statistics from most of the samples, and a reference on the others; every sample is run once for each. Pairs of networks, for
     layers in execution order, on at most `in_order` of those with statistics and with at most `most_live` bytes of activations;
@@ -339,7 +350,9 @@ def _calibrate(
     def run_any(model: nn.Module, batch: Any) -> Tensor:
         return modules.run_batch(model, batch, forward, output, finite=False)
 
-    stats = collect(module, used, plan, run, pool, metric, seed, progress=lambda done, total: say("statistics", done, total))
+    stats = collect(
+        module, used, plan, run, pool, metric, seed, progress=lambda done, total: say("statistics", done, total), inputs=inputs
+    )
     reference = Reference(module, held, run_any, pool, stats.metric)
     seen = accumulate(map(modules.num_samples, used), initial=0)
     few = [b for b, before in zip(used, seen, strict=False) if before < in_order]
