@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import transquant as tq
-from networks import network, shared_data
+from networks import accuracy, cifar10, network, shared_data
 from tqfile import split
 from transquant.activations import plan_activations
 from transquant.allocation.activations import DEPTHS, InputTable, best_quantizer, distortion, share_bits
@@ -23,7 +28,7 @@ from transquant.modules import micro_batches, plan_model, run_batch
 from transquant.records import Activation, InputStats
 from transquant.running import installed
 from transquant.stats import collect
-from transquant.stats.inputs import HALF, InputSums
+from transquant.stats.inputs import InputSums
 from transquant.stats.metric import distance
 from transquant.workers import workers
 
@@ -379,7 +384,20 @@ def test_without_kernels_there_is_one_sentence(file, net, monkeypatch):
 
 
 def test_command_line(cli):
-    arguments = "--model model.py:net --calibration model.py:pictures --size 4000 --effort 1 --activations 6 -o net.tq".split()
+    arguments = [
+        "--model",
+        "model.py:net",
+        "--calibration",
+        "model.py:pictures",
+        "--size",
+        "4000",
+        "--effort",
+        "1",
+        "--activations",
+        "6",
+        "-o",
+        "net.tq",
+    ]
     code, _, err = cli("compress", *arguments)
     assert code == 0, err
     code, out, _ = cli("inspect", "net.tq")
@@ -391,10 +409,35 @@ def test_command_line(cli):
 @pytest.mark.slow
 @pytest.mark.skipif(shared_data() is None, reason="needs ../shared/data")
 def test_resnet20_in_integers():
-    from networks import accuracy, cifar10
-
-    model, (images, _), (others, labels) = network("resnet20"), cifar10("train", 512), cifar10("train", 1000, seed=9)
-    file = tq.compress(model, images, bits=8.0, effort=1, transform="identity", trellis=False, activations=8.0)
-    before = accuracy(model, others, labels)
-    assert accuracy(file.install(network("resnet20"), mode="int8"), others, labels) > before - 0.7  # of 1,000 images
+    images, labels = cifar10("train", 800)
+    model = network("resnet20")
+    file = tq.compress(model, images[:400], bits=8.0, effort=1, transform="identity", trellis=False, activations=8.0)
+    before = accuracy(model, images[400:], labels[400:])
+    assert accuracy(file.install(network("resnet20"), mode="int8"), images[400:], labels[400:]) > before - 1.1  # of 400 images
     assert installed(file.install(model, mode="int8")).layers["conv1.weight"] == "int8, input of 8 bits"
+
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "activations.md").read_text()
+
+
+def test_the_page_runs(tmp_path):
+    """Its blocks in order, in one folder."""
+    pytest.importorskip("sklearn", reason="the page's data come with scikit-learn")
+    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)
+    if not has_exact_kernels():
+        blocks = [b for b in blocks if "int8" not in b]
+    assert blocks
+    done = subprocess.run([sys.executable, "-c", "\n".join(blocks)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_tables_are_those_of_the_benchmark():
+    from activations import latency_table, table
+
+    content = json.loads((ROOT / "benchmarks" / "activations.json").read_text())
+    assert table(content["rows"]) in PAGE
+    assert latency_table(content["latency"]) in PAGE
+    for row in content["rows"]:
+        if row["bits"] == 8:
+            assert row["int8"]["drop"] <= 0.3 + 2 * row["int8"]["standard_error"]
