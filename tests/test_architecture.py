@@ -18,8 +18,8 @@ PACKAGE = ROOT / "src" / "transquant"
 ROOMS = {p.name for p in PACKAGE.iterdir() if (p / "__init__.py").exists()}
 # what any room may use: records, errors and the helpers that know nothing of the domain
 COMMON = {"records", "errors", "workers", "memory", "fingerprint", "grid", "trellis_code"}
-# composed of rooms, above them: these may import any room, and no room but the command line and the demo may import them
-COMPOSERS = {"cli", "demo"}
+# composed of rooms, above them: these may import any room, and no other room may import them
+COMPOSERS = {"cli", "demo", "integrations"}
 
 
 def modules():
@@ -80,7 +80,11 @@ def test_nothing_executes_what_a_file_says():
                 assert not {"pickle", "marshal", "shelve", "dill"} & set(names), path
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
-                assert called not in ("eval", "exec", "compile", "os.system", "torch.load", "pickle.loads"), path
+                if called == "torch.load":  # in one place, and never what can run code
+                    assert path.relative_to(PACKAGE).as_posix() == "modules/files.py"
+                    assert ("weights_only", "True") in [(k.arg, ast.unparse(k.value)) for k in node.keywords]
+                    continue
+                assert called not in ("eval", "exec", "compile", "os.system", "pickle.loads"), path
                 assert not any(k.arg == "shell" for k in node.keywords), path
 
 

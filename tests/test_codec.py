@@ -315,8 +315,8 @@ def test_nan_weights_are_refused(small, samples):
 def test_install_refuses_another_network(compressed, small):
     with pytest.raises(tq.errors.InputError, match="missing|unexpected"):
         compressed.install(nn.Linear(3, 4))
-    with pytest.raises(tq.errors.InputError, match="mode is 'packed'"):
-        compressed.install(small, mode="packed")
+    with pytest.raises(tq.errors.InputError, match="mode is 'fast'"):
+        compressed.install(small, mode="fast")
 
 
 # ------------------------------------------------------------------------------------------------ saving

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from blocks import blocks_of, commands, run_block
+
 ROOT = Path(__file__).resolve().parents[1]
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
-
-
-def commands(block):
-    """The lines of a shell block without their comments."""
-    return [line for raw in block.splitlines() if (line := re.sub(r"\s+#.*", "", raw).strip())]
+BLOCKS = blocks_of(ROOT / "README.md")
 
 
 def test_the_two_commands_come_first_and_the_pip_lines_are_what_they_do():
@@ -36,22 +31,28 @@ def test_the_two_commands_come_first_and_the_pip_lines_are_what_they_do():
 
 def test_every_other_block_runs(tmp_path):
     pytest.importorskip("sklearn", reason="the README's data come with scikit-learn")
-    scripts = str(Path(sys.executable).parent)
-    environment = {**os.environ, "PATH": scripts + os.pathsep + os.environ["PATH"], "COLUMNS": "200"}
     count = 0
     for language, block in BLOCKS[2:]:
         if language == "python" and block.startswith("# model.py"):
             (tmp_path / "model.py").write_text(block)
             continue
-        lines = [[sys.executable, "-c", block]] if language == "python" else [["bash", "-c", line] for line in commands(block)]
-        assert language in ("python", "bash")
-        for line in lines:
-            done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True)
-            assert done.returncode == 0, f"{line[-1]}\n{done.stderr}"
-            count += 1
+        count += run_block(language, block, tmp_path)
     assert count >= 6
     assert (tmp_path / "net.tq").stat().st_size <= 4000
     assert (tmp_path / "curve.png").exists()
+
+
+@pytest.mark.parametrize("page", ["running"])
+def test_the_blocks_of_a_page_run_on_the_readme_s_model(page, tmp_path):
+    """Python blocks of docs pages, and shell blocks, in a folder where the README's have run."""
+    pytest.importorskip("sklearn", reason="the pages' data come with scikit-learn")
+    (tmp_path / "model.py").write_text(next(block for _, block in BLOCKS if block.startswith("# model.py")))
+    prepare = (
+        "python model.py && transquant compress --model model.py:network --weights float.safetensors --ratio 8 --effort 1 -o net.tq"
+    )
+    run_block("bash", prepare, tmp_path)
+    for language, block in blocks_of(ROOT / "docs" / f"{page}.md"):
+        run_block(language, block, tmp_path)
 
 
 def test_the_table_is_that_of_the_benchmark():

@@ -15,7 +15,7 @@ import transquant as tq
 from transquant import encoder as encoder_module
 from transquant import modules
 from transquant.encoder import Encoder, Source
-from transquant.modules.files import load_safetensors
+from transquant.modules.files import load_weights
 from transquant.stats import weight_statistics
 from transquant.workers import workers
 
@@ -48,7 +48,7 @@ def passes(monkeypatch):
 def test_a_file_gives_the_bytes_of_its_tensors(state, tmp_path):
     path = tmp_path / "model.safetensors"
     save_file(state, path)
-    in_memory = tq.compress({name: state[name] for name in load_safetensors(path)}, bits=5.0)
+    in_memory = tq.compress({name: state[name] for name in load_weights(path)}, bits=5.0)
     assert tq.compress(path, bits=5.0).data == in_memory.data
 
 
@@ -69,7 +69,7 @@ def test_pieces_give_the_same_bytes_as_the_whole(state, options, small_is_large,
     in_pieces = tq.compress(state, step=0.002, **options)
     assert len(passes) == 1
     save_file(state, tmp_path / "model.safetensors")
-    ordered = {name: state[name] for name in load_safetensors(tmp_path / "model.safetensors")}
+    ordered = {name: state[name] for name in load_weights(tmp_path / "model.safetensors")}
     assert (
         tq.compress(tmp_path / "model.safetensors", step=0.002, **options).data == tq.compress(ordered, step=0.002, **options).data
     )

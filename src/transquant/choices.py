@@ -34,11 +34,12 @@ class Method:
 @dataclass(frozen=True, slots=True)
 class LayerTransform:
     """The transform of one layer: `kind` and `axis` as FORMAT.md names them, entries of a basis with unit-norm columns in
-    multiples of 2^−bits (closed loop)."""
+    multiples of 2^−bits (closed loop). `kept`: the number of bands, where multiply–adds are to be saved; 0: all."""
 
     kind: Kind = "i"
     axis: Axis = ""
     bits: int = 4
+    kept: int = 0
 
 
 IDENTITY = LayerTransform()

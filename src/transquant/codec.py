@@ -1,6 +1,6 @@
 """The whole story on one page.
 
-    compress:   plan → collect → (tune) → search on c: [metric → steps → feedback → symbols → encode] → write
+    compress:   plan → collect → (ranks) → (tune) → search on c: [metric → steps → feedback → symbols → encode] → write
                                           (at last layer by layer: paired inputs → targets → metric → …)
     load:       read → decode → dequantize → state dict → install
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from os import PathLike
 from typing import Any, TypeVar
@@ -32,6 +32,8 @@ from transquant.encoder import Encoder, Source
 from transquant.entropy.lanes import decode_planes
 from transquant.errors import InputError
 from transquant.guard import unchanged
+from transquant.inference import Calls, count_calls
+from transquant.rank_choice import choose_ranks
 from transquant.records import (
     BandCodes,
     Coded,
@@ -135,6 +137,7 @@ def compress(
     feedback: bool = True,
     trellis: bool = True,
     objective: str = "bytes",
+    macs: float | None = None,
     effort: int = 5,
     overrides: Mapping[str, Any] | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
@@ -146,8 +149,8 @@ def compress(
 ) -> CompressedModel:
     """Compress a trained network to a file of a given size.
 
-    `model`: a module, a state dict, or a path to a .safetensors file; it is never changed. `calibration`: any iterable of
-    batches (tensor; tuple or list whose first element is the input; mapping of keyword inputs), or None: then the
+    `model`: a module, a state dict, or a path to one (.safetensors, or .pt, .pth, .bin); it is never changed. `calibration`: any
+    iterable of batches (tensor; tuple or list whose first element is the input; mapping of keyword inputs), or None: then the
     relative squared error of the weights is the metric. Exactly one target: `bits` (8 · bytes of the file / parameters), `size`
     (bytes, or "64KB", "64KiB"), `ratio` (bytes of the tensors / bytes of the file), `distortion` (measured, in units of the
     metric), `step` (the scalar c; no search), or `max_drop=(evaluate, points)`, where `evaluate(model) -> float`, higher is better.
@@ -158,7 +161,9 @@ def compress(
     bands, packed (Young et al.). `coder`: "adaptive", or "static" for tables that do not learn: faster to decode, files a few per
     cent larger, more below 1 bit a weight. `feedback`: closed loop, or plain rounding of each coefficient. `trellis`:
     entropy-coded weights in the closed loop go along the best path of a trellis, or else each is rounded with a dead zone.
-    `overrides`: {name pattern: "exact"} stores matching tensors exactly.
+    `objective`: "macs" looks for layers that can be the product of two thin ones at little distortion, so that
+    `install(model, mode="transform")` runs with at most the share `macs` of the network's multiply–adds (0 to 1; needs
+    calibration). `overrides`: {name pattern: "exact"} stores matching tensors exactly.
     Above 2²⁴ weights sizes are searched for on a sample of each layer's rows, then met in one or two passes; without calibration
     such a model may be larger than memory, if it is a path. `effort` 1 or 2: nothing is tuned on held-back samples; 3 to 9: all
     is. From 5 on layers are quantized in execution order at last, each making up for the errors of those before (below 7 on at
@@ -176,8 +181,12 @@ def compress(
     value: no file is finer. The same input, options and seed give the same
     file, whatever the number of threads and processes. Raises InputError, TargetError.
     """
-    _check_options(metric, objective, effort, seed)
+    _check_options(metric, objective, macs, effort, seed)
     method = _method(transform, axis, coding, coder, feedback, trellis, effort)
+    if macs is not None and (transform != "auto" or coding != "entropy" or not feedback or calibration is None):
+        raise InputError("objective 'macs' needs calibration data, transform 'auto', coding 'entropy' and feedback")
+    if macs is not None:  # any other transform would cost some
+        method = replace(method, transform="identity")
     say = progress or (lambda stage, done, total: None)
     given = {"bits": bits, "size": size, "ratio": ratio, "distortion": distortion, "step": step, "max_drop": max_drop}
     module, state, plan = _open(model, overrides)
@@ -192,18 +201,21 @@ def compress(
 
     folder = None if work is None else lambda: WorkFolder(work, KEPT)
     with torch.inference_mode(False), unchanged(module), workers(folder) as pool:
-        options = given if max_drop is None else "max_drop", method, metric, effort, seed, verify, work is None, input_bits
+        options = given if max_drop is None else "max_drop", method, macs, metric, effort, seed, verify, work is None, input_bits
         pool.processes.agree("models or options", options, plan, state)
         source = Source(*modules.gather(plan, state))
         most = samples_in_order(plan, effort) if method.feedback else 0
         learns = effort >= DISTILL_FROM and method.feedback
         seen = _calibrate(
             module, calibration, plan, source, metric, forward, output, seed, pool, say, most, live_in_order(effort), learns,
-            input_bits is not None,
+            macs is not None, input_bits is not None,
         )  # fmt: skip
         stats, reference = seen.stats, seen.reference
         inputs = None if input_bits is None else plan_activations(stats, input_bits, pool)
         encoder = Encoder(plan, source, stats, pool, method, activations=inputs)
+        if macs is not None and seen.calls is not None:
+            ranks, share = choose_ranks(plan, encoder.layers, source.values, seen.calls, macs)
+            encoder = encoder.transformed(ranks)
         search = TargetSearch(encoder, reference, module, target, effort, say, seen.paired, seen.teacher)
         draft, choice = search.run()
         measured = reference.distortion(draft.state()) if reference else None
@@ -224,6 +236,8 @@ def compress(
         "c": draft.c,
         "samples": stats.samples,
     }
+    if macs is not None:
+        settings["macs"] = {"share": share, "bands": {name: rank.kept for name, rank in ranks.items()}}
     if work is not None:
         settings["work"] = {"layers_taken": taken, "layers_computed": computed}
     if search.scores:
@@ -239,7 +253,11 @@ def load(path: str | PathLike[str], limits: Limits | None = None, *, lazy: bool 
 
     `lazy`: section by section, so that no more than one is decoded in memory; for models that will be installed packed or lazy.
     Raises InputError where it cannot be read, errors.FileError where it is bad."""
-    data = read_file(path, limits)
+    return load_bytes(read_file(path, limits), limits, lazy=lazy)
+
+
+def load_bytes(data: bytes, limits: Limits | None = None, *, lazy: bool = False) -> CompressedModel:
+    """The same of a file in memory. Raises errors.FileError where it is bad."""
     container = read_container(data, limits)
     kept: list[Mapping[str, np.ndarray]] = []
     bits: list[float] = []
@@ -292,11 +310,15 @@ def _method(transform: str, axis: str | None, coding: str, coder: str, feedback:
     return Method(transform, axis, coding, feedback, state_bits, CODERS[coder])
 
 
-def _check_options(metric: str, objective: str, effort: int, seed: int) -> None:
+def _check_options(metric: str, objective: str, macs: float | None, effort: int, seed: int) -> None:
     if metric not in ("auto", *METRICS):
         raise InputError(f"metric is {metric!r}, allowed are 'auto', {', '.join(map(repr, METRICS))}")
-    if objective != "bytes":
-        raise InputError(f"objective is {objective!r}, allowed is 'bytes'")
+    if objective not in ("bytes", "macs"):
+        raise InputError(f"objective is {objective!r}, allowed are 'bytes', 'macs'")
+    if (objective == "macs") != (macs is not None):
+        raise InputError(
+            f"objective is {objective!r} and macs is {macs!r}: give both objective='macs' and macs=0.9, say, or neither"
+        )
     if isinstance(effort, bool) or not isinstance(effort, int) or not 1 <= effort <= 9:
         raise InputError(f"effort is {effort!r}, allowed are integers 1 to 9")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
@@ -306,9 +328,9 @@ def _check_options(metric: str, objective: str, effort: int, seed: int) -> None:
 def _open(model: Any, overrides: Mapping[str, Any] | None) -> tuple[nn.Module | None, Mapping[str, Tensor], Plan]:
     """(module or None, state dict, plan) of what the caller gave."""
     if isinstance(model, str | PathLike):
-        from transquant.modules.files import load_safetensors
+        from transquant.modules.files import load_weights
 
-        model = load_safetensors(model)
+        model = load_weights(model)
     if isinstance(model, Mapping):
         return None, model, modules.apply_overrides(modules.plan_state_dict(model), overrides)
     plan = modules.plan_model(model)
@@ -323,12 +345,13 @@ class _Calibrated:
     reference: Reference | None = None
     paired: PairedNetworks | None = None
     teacher: Teacher | None = None
+    calls: dict[str, Calls] | None = None
 
 
 def _calibrate(
     module: nn.Module | None, calibration: Iterable[Any] | None, plan: Plan, source: Source, metric: str,
     forward: Any, output: Any, seed: int, pool: Workers, say: Progress, in_order: int, most_live: int | None,
-    learns: bool, inputs: bool,
+    learns: bool, counts: bool, inputs: bool,
 ) -> _Calibrated:  # fmt: skip
     """Statistics from most of the samples, and a reference on the others; every sample is run once for each. Pairs of networks, for
     layers in execution order, on at most `in_order` of those with statistics and with at most `most_live` bytes of activations;
@@ -357,4 +380,6 @@ def _calibrate(
     seen = accumulate(map(modules.num_samples, used), initial=0)
     few = [b for b, before in zip(used, seen, strict=False) if before < in_order]
     paired = PairedNetworks(module, few, plan, run_any, pool, most_live) if few else None
-    return _Calibrated(stats, reference, paired, Teacher(module, used, run_any, pool, stats.metric) if learns else None)
+    calls = count_calls(module, batches[0], run) if counts else None
+    teacher = Teacher(module, used, run_any, pool, stats.metric) if learns else None
+    return _Calibrated(stats, reference, paired, teacher, calls)

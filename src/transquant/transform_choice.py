@@ -50,8 +50,11 @@ class ChosenTransform:
 
 
 def choose_transforms(encoder: Encoder, c: float, choice: Choice, sample: Encoder) -> dict[str, ChosenTransform]:
-    """The transform of every layer that gets one, at scalar c; `sample`: the encoder's, on which λ is measured."""
+    """The transform of every layer that gets one, at scalar c; of layers that keep few bands it is given. `sample`: the encoder's,
+    on which λ is measured."""
+    given = {name: ChosenTransform(t, 0.0) for name, t in encoder.transforms.items() if t.kept}
     specs = [s for s in encoder.plan.specs if isinstance(s, WeightSpec) and _measured(encoder.layers[s.name])]
+    specs = [s for s in specs if s.name not in given]
     specs.sort(key=lambda s: -np.prod(s.shape[:1]) * np.prod(s.shape))
     values, layers, method = encoder.source.values, encoder.layers, encoder.method
     candidates = {s.name: _candidates(s, layers[s.name], method) for s in specs}
@@ -61,7 +64,7 @@ def choose_transforms(encoder: Encoder, c: float, choice: Choice, sample: Encode
         lambda s: _choose(s, values[s.name], layers[s.name], candidates[s.name], c, price, choice, method), open_ones,
         "transform", lambda s: (encoder.known[s.name], candidates[s.name], c, price, choice, method),
     )  # fmt: skip
-    chosen = {s.name: ChosenTransform(candidates[s.name][0], 0.0) for s in specs}
+    chosen = given | {s.name: ChosenTransform(candidates[s.name][0], 0.0) for s in specs}
     chosen |= {s.name: t for s, t in zip(open_ones, found, strict=True)}
     return {name: t for name, t in chosen.items() if t.transform != IDENTITY}
 

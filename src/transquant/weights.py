@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from transquant.allocation.depths import DepthTable
 from transquant.allocation.steps import StepPlan, matrix_steps
 from transquant.bitstream import tensor_values
-from transquant.choices import Choice, LayerTransform, Method
+from transquant.choices import IDENTITY, Choice, LayerTransform, Method
 from transquant.dequantizer import dequantize
 from transquant.entropy.tables import MAX_SYMBOL, expected_levels, fold_for, magnitude_laws
 from transquant.grid import MAX_EXPONENT, MAX_QP, steps, total_index
@@ -48,9 +48,11 @@ from transquant.transforms.algebra import condition, inverse, product
 from transquant.transforms.fit import elt, klt
 from transquant.transforms.frame import WORST_CONDITION, Frame, band_cost, closed_frame, dct_frame, open_frame
 from transquant.transforms.layout import Layout
+from transquant.transforms.reduced import ReducedFrame, low_rank_basis
 
 LARGEST_SYMBOL = MAX_SYMBOL / 8
 PATH_QUARTERS = 2  # by how much a trellis' steps are larger at the same distortion, quarter octaves: between 1.16 and 1.4
+RANK_BITS = 7  # of the entries of a basis of few columns, which is not inverted: its errors are made up for by the coefficients
 LEAST_BASIS_DEPTH = 3  # fixed-length, closed loop: fewer bits leave a basis that cannot be inverted
 
 Moments = Sequence[tuple[FloatArray, FloatArray]]  # (columns, rows) of each group
@@ -80,7 +82,7 @@ def code_weight(
     damped = [_regularised(a, g, variance, choice.level or c, choice.damping) for a, g in moments]
     coding = "f" if method.coding == "fixed" else "u"
     entry = CodedEntry(spec.name, spec.shape, spec.dtype, transform=transform.kind, axis=transform.axis, coding=coding)  # type: ignore[arg-type]
-    part = _fixed if coding == "f" else _entropy_coded
+    part = _fixed if coding == "f" else _of_rank if transform.kept else _entropy_coded
     tensor, frame, decoded = part(entry, weight, moments, damped, variance, c, step, choice, transform, method)
     error = weight - (decoded if frame is None else frame.synthesize(decoded))
     del decoded  # matrices are large
@@ -95,7 +97,7 @@ def code_weight(
 
 def _entropy_coded(
     entry: CodedEntry, weight: FloatArray, moments: Moments, damped: Moments, variance: float, c: float, step: tuple[int, int],
-    choice: Choice, transform: LayerTransform, method: Method,
+    choice: Choice, transform: LayerTransform, method: Method, foldable: bool = True,
 ) -> tuple[CodedTensor, Frame | None, FloatArray]:  # fmt: skip
     """One step index and half-octave exponents; symbols for the entropy coder."""
     frame = _frame(entry, weight, damped, transform, c if not method.feedback else None)
@@ -112,7 +114,7 @@ def _entropy_coded(
     if coarser := quarter_octaves(np.abs(coeffs) / sizes):
         plan = replace(plan, qp=plan.qp + coarser)
         sizes = _step_sizes(entry, plan, step, frame)
-    fold = fold_for(entry.rows, entry.columns // max(entry.group_columns, 1), entry.group_columns)
+    fold = fold_for(entry.rows, entry.columns // max(entry.group_columns, 1), entry.group_columns) if foldable else 1
     rounding, trellis = choice.rounding(), None
     if method.state_bits:
         held = c / (choice.level or c)  # offsets are integers: where they follow c, sizes jump
@@ -124,6 +126,43 @@ def _entropy_coded(
     has = ("r" if plan.row_exponents is not None else "") + ("c" if plan.column_exponents is not None else "")
     entry = replace(entry, qp=plan.qp, recon_offsets=rounding.offsets, groups=has, fold=fold)  # type: ignore[arg-type]
     return CodedTensor(entry, symbols, plan.row_exponents, plan.column_exponents, _used(entry, frame, symbols)), frame, decoded
+
+
+def _of_rank(
+    entry: CodedEntry, weight: FloatArray, moments: Moments, damped: Moments, variance: float, c: float, step: tuple[int, int],
+    choice: Choice, transform: LayerTransform, method: Method,
+) -> tuple[CodedTensor, None, FloatArray]:  # fmt: skip
+    """A product of a basis of `kept` columns and as many bands of coefficients, which are coded as a weight of their own; columns
+    and bands up to the format's full number are zero. A layer of one group."""
+    layout, kept = Layout.of(entry), min(transform.kept, entry.bands)
+    basis = low_rank_basis(layout, weight, *damped[0])[:, :kept]
+    kept = basis.shape[1]
+    integers = np.rint(basis * 2.0**RANK_BITS)
+    frame = ReducedFrame(layout, integers * 2.0**-RANK_BITS)
+    own = frame.analyze(weight, band_cost(layout, *damped[0]))
+    shape = (kept, *entry.shape[1:]) if layout.axis == "r" else (entry.rows, kept, *entry.shape[2:])
+    part = replace(entry, shape=shape, transform="i", axis="")
+    coded, _, decoded = _entropy_coded(
+        part, own, frame.moments(moments), frame.moments(damped), float(np.mean(own**2)), c, step, choice, IDENTITY, method,
+        foldable=layout.axis == "r",
+    )  # fmt: skip
+    rows, columns = entry.rows - coded.symbols.shape[0], entry.columns - coded.symbols.shape[1]
+    bands = (0, entry.bands - kept)
+    symbols = np.pad(coded.symbols, ((0, rows), (0, columns)))
+    of_rows, of_columns = coded.row_exponents, coded.column_exponents
+    if layout.axis == "r":
+        of_rows = None if of_rows is None else np.pad(of_rows, bands)
+    else:
+        of_columns = None if of_columns is None else np.pad(of_columns, bands)
+    whole = replace(
+        coded.entry,
+        shape=entry.shape,
+        transform=transform.kind,
+        axis=transform.axis,
+        qp=max(coded.entry.qp - 4 * RANK_BITS, -MAX_QP),
+    )
+    sent = np.pad(integers, ((0, 0), bands)).astype(np.int32)
+    return CodedTensor(whole, symbols, of_rows, of_columns, sent), None, frame.synthesize(decoded)
 
 
 def _path_offsets(scaled: FloatArray, shrink: float) -> tuple[int, int]:

@@ -15,8 +15,13 @@ from transquant.errors import InputError, OutputError
 if TYPE_CHECKING:
     from transquant.cli.calibration import Data
 
-Model = Annotated[str | None, typer.Option("--model", help="FILE.py:FACTORY; the function returns an nn.Module.")]
-Weights = Annotated[Path | None, typer.Option("--weights", help="Float weights, FILE.safetensors.")]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", help="FILE.py:FACTORY (returns an nn.Module), timm:NAME, torchvision:NAME, hf:FOLDER_OR_NAME."),
+]
+Weights = Annotated[
+    Path | None, typer.Option("--weights", help="Float weights: FILE.safetensors, or a state dict in FILE.pt, .pth, .bin.")
+]
 Calibration = Annotated[
     str | None,
     typer.Option(
@@ -54,6 +59,7 @@ Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress, errors 
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="More log; tracebacks.")]
 Force = Annotated[bool, typer.Option("-f", "--force", help="Overwrite an existing output.")]
 File = Annotated[Path, typer.Argument(help="A compressed file.")]
+Mode = Annotated[str, typer.Option(help="How the network runs: float, transform, packed or lazy.")]
 
 
 def _output(path: Path, force: bool, *inputs: str | Path | None) -> Path:
@@ -94,6 +100,8 @@ def compress(
     ] = None,
     exact: Annotated[list[str] | None, typer.Option(help="Store tensors of this name (a glob pattern) exactly.")] = None,
     metric: Metric = "auto", transform: Transform = "auto", axis: Axis = None, coding: Coding = "entropy",
+    objective: Annotated[str, typer.Option(help="bytes; or macs: also few multiply-adds in mode transform.")] = "bytes",
+    macs: Annotated[float | None, typer.Option(help="With --objective macs: their largest share of the network's, 0 to 1.")] = None,
     coder: Coder = "adaptive", feedback: Feedback = True, trellis: Trellis = True, effort: Effort = 5, seed: Seed = 0,
     verify: Annotated[bool, typer.Option(help="Measure the distortion group by group and compare with the closed form.")] = False,
     work: Annotated[
@@ -123,7 +131,8 @@ def compress(
         compressed = run(
             net, samples.batches if samples else None, bits=bits, size=size, ratio=ratio, distortion=distortion,
             step=step, max_drop=drop, activations=activations, metric=metric, transform=transform, axis=axis, coding=coding,
-            coder=coder, feedback=feedback, trellis=trellis, effort=effort, seed=seed, verify=verify, work=work,
+            coder=coder, feedback=feedback, trellis=trellis, objective=objective, macs=macs, effort=effort, seed=seed,
+            verify=verify, work=work,
             overrides=dict.fromkeys(exact or [], "exact"), progress=progress,
         )  # fmt: skip
     if not leads():
@@ -206,7 +215,7 @@ def verify(
 
 
 def evaluate(
-    file: File, model: Model = None, weights: Weights = None, data: TestData = None,
+    file: File, model: Model = None, weights: Weights = None, data: TestData = None, mode: Mode = "float",
     resize: Resize = None, crop: Crop = None, mean: Mean = "0", std: Std = "1", scale: Scale = 255.0,
     limit: Limit = None, batch: Batch = 100, seed: Seed = 0,
     as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
@@ -214,24 +223,48 @@ def evaluate(
     """Score a compressed network on data, beside the float weights where they are given."""
     set_logging(quiet, verbose)
     if model is None or data is None:
-        raise InputError("evaluate needs --model FILE.py:FACTORY and --data")
+        raise InputError("evaluate needs --model (FILE.py:FACTORY, timm:NAME, torchvision:NAME or hf:NAME) and --data")
     from transquant.cli.models import load_model
     from transquant.cli.scoring import compare
     from transquant.codec import load
 
     compressed = load(file)
-    net = load_model(model, weights)
+    net = load_model(model, weights, pretrained=False)
     test = _data(data, "--data", resize, crop, mean, std, scale, limit, batch, seed)
     assert test is not None
     result = {
         "file": str(file),
         "file_bytes": len(compressed.data),
-        **compare(net, compressed, test, weights is not None),
+        **compare(net, compressed, test, weights is not None, mode),
     }
     if as_json:
         print_json(result)
     else:
         _print_score(result)
+
+
+def profile(
+    file: File, model: Model = None, weights: Weights = None, data: TestData = None, mode: Mode = "transform",
+    memory: Annotated[str | None, typer.Option(help="Mode lazy: decoded weights that are kept, bytes or 64MB.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each, taking turns; the median counts.")] = 20,
+    resize: Resize = None, crop: Crop = None, mean: Mean = "0", std: Std = "1", scale: Scale = 255.0,
+    limit: Limit = None, batch: Batch = 1, seed: Seed = 0,
+    as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Measure multiply-adds, memory and time of a compressed network beside the float one, on one batch."""
+    set_logging(quiet, verbose)
+    if model is None or data is None:
+        raise InputError("profile needs --model (FILE.py:FACTORY, timm:NAME, torchvision:NAME or hf:NAME) and --data")
+    from transquant.cli.models import load_model
+    from transquant.cli.profiling import profile_file, table
+
+    samples = _data(data, "--data", resize, crop, mean, std, scale, limit, batch, seed)
+    assert samples is not None
+    result = profile_file(file, load_model(model, weights, pretrained=False), samples, mode, memory, repeats)
+    if as_json:
+        print_json(result)
+    else:
+        typer.echo(table(result))
 
 
 def sweep(
@@ -301,6 +334,6 @@ def _one_target(**targets: Any) -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "compress": compress, "decompress": decompress, "inspect": inspect, "verify": verify, "evaluate": evaluate, "sweep": sweep,
-    "demo": demo,
+    "compress": compress, "decompress": decompress, "inspect": inspect, "verify": verify, "evaluate": evaluate, "profile": profile,
+    "sweep": sweep, "demo": demo,
 }  # fmt: skip

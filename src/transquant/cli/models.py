@@ -10,18 +10,32 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from transquant.cli.zoo import LIBRARIES, from_library
 from transquant.errors import InputError
 from transquant.modules import install
-from transquant.modules.files import load_safetensors
+from transquant.modules.files import load_weights
+
+PARALLEL = "module."
+SOURCES = "FILE.py:FACTORY, " + ", ".join(f"{library}:NAME" for library in LIBRARIES)
 
 
-def load_model(model: str | None, weights: Path | None) -> nn.Module | Mapping[str, Tensor]:
-    """The module of FILE.py:FACTORY with the weights of a .safetensors file in it; the file's tensors where no model is
-    named. Raises InputError."""
+def load_model(model: str | None, weights: Path | None, pretrained: bool = True) -> nn.Module | Mapping[str, Tensor]:
+    """The module of FILE.py:FACTORY or of another library (timm:NAME, torchvision:NAME, hf:FOLDER_OR_NAME) with the weights of a
+    file in it; the file's tensors where no model is named. Without a file another library's network has that library's own
+    weights or, where `pretrained` is false, any. Raises InputError, MissingDependency."""
     if model is None:
         if weights is None:
-            raise InputError("give a model: --model FILE.py:FACTORY, --weights FILE.safetensors, or both")
-        return load_safetensors(weights)
+            raise InputError(f"give a model: --model {SOURCES}, --weights FILE.safetensors or FILE.pt, or both")
+        return load_weights(weights)
+    module = from_library(model, pretrained and weights is None)
+    if module is None:
+        module = _from_file(model)
+    if weights is not None:
+        install(module, _fitting(load_weights(weights), module))
+    return module.eval()
+
+
+def _from_file(model: str) -> nn.Module:
     try:
         module = call(model, "--model")
     except InputError:
@@ -30,20 +44,30 @@ def load_model(model: str | None, weights: Path | None) -> nn.Module | Mapping[s
         raise InputError(f"the factory of --model {model} failed: {type(error).__name__}: {error}") from error
     if not isinstance(module, nn.Module):
         raise InputError(f"the factory of --model {model} returned a {type(module).__name__}, expected an nn.Module")
-    if weights is not None:
-        state = dict(load_safetensors(weights))
-        for key, value in module.state_dict().items():  # files often leave BatchNorm's counters out
-            if key.endswith("num_batches_tracked"):
-                state.setdefault(key, value)
-        install(module, state)
-    return module.eval()
+    return module
+
+
+def _fitting(weights: Mapping[str, Tensor], module: nn.Module) -> Mapping[str, Tensor]:
+    """The tensors of a file under the model's names, with those that files often leave out: BatchNorm's counters, and second
+    names of tied tensors."""
+    state, own = dict(weights), module.state_dict(keep_vars=True)
+    if all(k.startswith(PARALLEL) for k in state) and not any(k in own for k in state):
+        state = {k.removeprefix(PARALLEL): v for k, v in state.items()}  # the file is of a DataParallel, the model is not
+    known = {id(own[k]): v for k, v in state.items() if k in own}
+    for key, value in own.items():
+        if id(value) in known:
+            state.setdefault(key, known[id(value)])
+        elif key.endswith("num_batches_tracked"):
+            state.setdefault(key, value)
+    return state
 
 
 def call(source: str, option: str) -> Any:
     """The result of the function in "FILE.py:FUNCTION", called without arguments. Raises InputError."""
     file, colon, name = source.rpartition(":")
     if not colon or not file.endswith(".py") or not name:
-        raise InputError(f"{option} is {source!r}, expected FILE.py:FUNCTION")
+        others = f" or {', '.join(f'{library}:NAME' for library in LIBRARIES)}" if option == "--model" else ""
+        raise InputError(f"{option} is {source!r}, expected FILE.py:FUNCTION{others}")
     path = Path(file)
     if not path.is_file():
         raise InputError(f"{option}: there is no file {file}")

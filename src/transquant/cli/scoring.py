@@ -44,11 +44,13 @@ def evaluator(data: Data | None) -> Callable[[nn.Module], float]:
     return lambda model: top1(outputs(model, data), data)
 
 
-def compare(model: nn.Module | Any, compressed: CompressedModel, data: Data, has_weights: bool) -> dict[str, float]:
-    """Scores of the decoded network, and beside the float one where its weights are known."""
+def compare(
+    model: nn.Module | Any, compressed: CompressedModel, data: Data, has_weights: bool, mode: str = "float"
+) -> dict[str, float]:
+    """Scores of the network, run as `mode` says, and beside the float one where its weights are known."""
     if not isinstance(model, nn.Module):
-        raise InputError("evaluate needs --model FILE.py:FACTORY")
-    output = outputs(compressed.install(copy.deepcopy(model)), data)
+        raise InputError("evaluate needs --model, not only weights")
+    output = outputs(compressed.install(copy.deepcopy(model), mode=mode), data)
     result: dict[str, float] = {"samples": len(output)}
     if data.labels is None:
         _log.warning("the data have no labels, so there is no accuracy: expected a folder a class, or x and y in the .npz")

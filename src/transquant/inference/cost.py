@@ -25,14 +25,30 @@ class Cost:
     milliseconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """What one run asks of a layer: multiply–adds, and how many positions of its input and its output."""
+
+    macs: int = 0
+    inputs: int = 0
+    outputs: int = 0
+
+
 def count_macs(model: nn.Module, batch: Any, run: Run) -> dict[str, int]:
     """Multiply–adds by path of module in one run on a batch. `run(model, batch)`. A module that runs twice counts twice;
     element-wise work (normalisations, activations) is not counted."""
-    counts: dict[str, int] = {}
+    return {name: calls.macs for name, calls in count_calls(model, batch, run).items()}
+
+
+def count_calls(model: nn.Module, batch: Any, run: Run) -> dict[str, Calls]:
+    """What one run on a batch asks of each layer, by path of module."""
+    counts: dict[str, Calls] = {}
 
     def hook(name: str) -> Callable[..., None]:
         def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            counts[name] = counts.get(name, 0) + _macs(module, inputs, output)
+            before = counts.get(name, Calls())
+            sizes = [_positions(module, inputs[0], "in"), _positions(module, output, "out")]
+            counts[name] = Calls(before.macs + _macs(module, inputs, output), before.inputs + sizes[0], before.outputs + sizes[1])
 
         return count
 
@@ -72,6 +88,12 @@ def _counted(module: nn.Module) -> bool:
     kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear, nn.Bilinear)
     known = isinstance(module, (*kinds, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention))
     return known or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
+
+
+def _positions(module: nn.Module, tensor: Any, side: str) -> int:
+    """Positions of a tensor that meets a convolution or a linear layer; 0 of others."""
+    width = getattr(module, f"{side}_channels", getattr(module, f"{side}_features", None))
+    return tensor.numel() // width if isinstance(width, int) and width and isinstance(tensor, Tensor) else 0
 
 
 def _macs(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> int:

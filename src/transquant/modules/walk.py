@@ -27,7 +27,7 @@ def plan_model(model: nn.Module) -> Plan:
     Raises InputError for anything but a module, NaN or infinite weights, lazy parameters, tensors that no file can hold,
     and a model without a weight to code."""
     if not isinstance(model, nn.Module):
-        raise InputError(f"model is a {type(model).__name__}, allowed are an nn.Module, a state dict, or a .safetensors path")
+        raise InputError(f"model is a {type(model).__name__}, allowed are an nn.Module, a state dict, or a path to one")
     owners = dict(model.named_modules(remove_duplicate=False))
     specs: list[Spec] = []
     first_names: dict[object, str] = {}

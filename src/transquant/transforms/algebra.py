@@ -33,6 +33,12 @@ def eigenvectors(moment: FloatArray) -> FloatArray:
     return _array(torch.linalg.eigh(_tensor(moment))[1].flip(1))
 
 
+def eigenvalues(moment: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Eigenvalues float64 (r,) of a symmetric matrix, falling, and its eigenvectors (r, r) in columns."""
+    values, vectors = torch.linalg.eigh(_tensor(moment))
+    return _array(values.flip(0)), _array(vectors.flip(1))
+
+
 def lower_factor(moment: FloatArray) -> FloatArray:
     """L (r, r) with L Lᵀ = M, positive definite."""
     return _array(torch.linalg.cholesky(_tensor(moment)))

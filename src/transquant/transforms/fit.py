@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 
 from transquant.records import FloatArray
-from transquant.transforms.algebra import congruence, eigenvectors, inverse, lower_factor, product, solve
+from transquant.transforms.algebra import congruence, eigenvalues, eigenvectors, inverse, lower_factor, product, solve
 
 ELT_DAMPING = 1e-3  # of the mean diagonal entry of G
 
@@ -35,6 +35,22 @@ def elt(energy: FloatArray, cost: FloatArray) -> FloatArray:
     synthesis = synthesis / np.linalg.norm(synthesis, axis=0)
     variances = _diagonals(inverse(synthesis), energy)
     return _with_signs(synthesis[:, np.argsort(-variances, kind="stable")])
+
+
+def low_rank(bands: FloatArray, cost: FloatArray, others: FloatArray | None = None) -> tuple[FloatArray, FloatArray]:
+    """The bases of least error at every rank, one in the other: (B, S), float64 (r, k) with unit-norm columns and (k,), for bands
+    X (r, m), the cost G (r, r) of an error of a band and M (m, m) of the errors of one: of all matrices of rank K the nearest to X,
+    tr(G E M Eᵀ), is in the span of B's first K columns, and errs by the sum of S² from K on (Eckart and Young for G^½ X M^½).
+    `others` None stands for the identity. Both are regularised by `ELT_DAMPING`."""
+    left = lower_factor(cost / np.trace(cost) * len(cost) + ELT_DAMPING * np.eye(len(cost))) * (np.trace(cost) / len(cost)) ** 0.5
+    scaled = product(left.T, bands)
+    if others is not None:
+        mean = np.trace(others) / len(others)
+        scaled = product(scaled, lower_factor(others / mean + ELT_DAMPING * np.eye(len(others)))) * mean**0.5
+    values, vectors = eigenvalues(product(scaled, scaled.T))
+    rank = min(scaled.shape)
+    basis = solve(left.T, vectors)[:, :rank]
+    return _with_signs(basis / np.linalg.norm(basis, axis=0)), np.sqrt(np.maximum(values[:rank], 0))
 
 
 def coding_gain_bits(energy: FloatArray, cost: FloatArray, synthesis: FloatArray) -> float:
