@@ -55,6 +55,9 @@ BAD = [
     (("decompress", "model.py", "-o", "x.safetensors"), 4, "not a transquant file"),
     (("decompress", "good.tq", "-o", "x.pt"), 2, ".safetensors"),
     (("decompress", "cut.tq", "-o", "x.safetensors"), 4, ""),
+    (("decompress", "good.tq", "-o", "x.onnx"), 2, "holds no ONNX graph"),
+    (("compress", "--weights", "broken.onnx", "--bits", 2, *OUT), 2, "not a valid .onnx file"),
+    (("export", "good.tq", "-o", "x.onnx", "--input-shape", "1,3,8,8"), 2, "export needs --model"),
     (("verify", "cut.tq"), 4, "cut.tq: "),
     (("verify", "model.py"), 4, "model.py: this is not a transquant file"),
     (("verify", "absent.tq"), 2, "absent.tq"),
@@ -75,6 +78,7 @@ BAD = [
 )
 def test_bad_input(cli, tmp_path, arguments, code, message):
     (tmp_path / "broken.py").write_text("def net(:\n")
+    (tmp_path / "broken.onnx").write_text("no network\n")
     (tmp_path / "broken.npz").write_bytes(b"PK\x03\x04 nothing")
     (tmp_path / "empty").mkdir()
     (tmp_path / "unreadable" / "a").mkdir(parents=True)

@@ -13,7 +13,8 @@ from torch import nn
 import transquant as tq
 from conftest import make_net
 from transquant.errors import InputError
-from transquant.modules.files import TensorFile, load_weights
+from transquant.inputs import load_weights
+from transquant.modules.files import TensorFile
 
 MAPS = Path("/proc/self/maps")
 

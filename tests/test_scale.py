@@ -15,7 +15,7 @@ import transquant as tq
 from transquant import encoder as encoder_module
 from transquant import modules
 from transquant.encoder import Encoder, Source
-from transquant.modules.files import load_weights
+from transquant.inputs import load_weights
 from transquant.stats import weight_statistics
 from transquant.workers import workers
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import exports
 import transquant as tq
 from blocks import need
 from zoo import IMAGES, NETWORKS, declare_vision_ops, run
@@ -50,3 +51,14 @@ def test_networks_of_timm_without_calibration(name, tmp_path):
         before, after = model(image), other(image)
         assert torch.equal(after, torch.func.functional_call(model, state, (image,)))
     assert 0 < (before - after).pow(2).mean() < 0.01 * before.pow(2).mean()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "gpt2"])
+def test_exports_of_networks_of_other_libraries(name):
+    need(*NEEDS[name])
+    row = exports.run(name, ("float",))
+    assert row["exports"]["float"]["output"] <= exports.BOUND
+    assert row["exports"]["float"]["weights"] >= 9
+    assert row["again"]["coded"] >= 9
+    assert row["again"]["output"] < 0.2

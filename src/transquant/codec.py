@@ -12,9 +12,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from os import PathLike
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,18 +22,19 @@ from torch import Tensor, nn
 from transquant import bitstream, modules, packing
 from transquant.accounting import file_report, report_of
 from transquant.activations import parse_activations, plan_activations
+from transquant.calibrating import calibrate
 from transquant.choices import CODERS, KINDS, Choice, LayerTransform, Method
-from transquant.container import read_container, read_file, write_file
+from transquant.container import check_writable, read_container, read_file, write_file
 from transquant.dequantizer import dequantize
 from transquant.distillation import FROM as DISTILL_FROM
-from transquant.distillation import Teacher
 from transquant.encoder import Encoder, Source
 from transquant.entropy.lanes import decode_planes
 from transquant.errors import InputError
 from transquant.guard import unchanged
-from transquant.inference import Calls, count_calls
+from transquant.inputs import load_weights, plan_of
 from transquant.rank_choice import choose_ranks
 from transquant.records import (
+    GRAPH,
     BandCodes,
     Coded,
     CodedEntry,
@@ -52,16 +52,19 @@ from transquant.refinement import live_in_order, samples_in_order
 from transquant.report import Report
 from transquant.running import install as run_as
 from transquant.running import tensors
-from transquant.stats import PairedNetworks, Reference, collect, weight_statistics
+from transquant.stats import Reference
+from transquant.stats.copies import wide_copy
 from transquant.stats.metric import METRICS
 from transquant.target_search import TargetSearch
 from transquant.targets import parse_size, parse_target
 from transquant.transform_choice import ChosenTransform
-from transquant.tuning import LARGE
 from transquant.verification import verify as verify_groups
 from transquant.weights import CodedWeight
 from transquant.work import WorkFolder
-from transquant.workers import Workers, spread, workers
+from transquant.workers import spread, workers
+
+if TYPE_CHECKING:
+    from transquant.export import ExportedWeight
 
 _log = logging.getLogger("transquant")
 
@@ -74,7 +77,6 @@ KEPT = (  # what a work folder may hold
     Statistics, LayerStats, InputStats, CodedWeight, CodedTensor, CodedEntry, BandCodes, ChosenTransform, LayerTransform,
 )  # fmt: skip
 WORTH_THREADS = 1 << 17  # bytes of symbol sections that are decoded in threads
-HELD_BACK = 512  # samples, at most, and at most one in five
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,9 @@ class CompressedModel:
         """All keys of the original state dict, decoded, in their dtypes; tied tensors share memory.
 
         Raises errors.FileError."""
+        return {k: v for k, v in self._tensors(limits).items() if k != GRAPH}
+
+    def _tensors(self, limits: Limits | None = None) -> dict[str, Tensor]:
         container = read_container(self.data, limits or self.limits)
         # what loading has decoded goes to the first who asks: tensors are the caller's to change, so it is given once
         arrays = self.decoded.pop() if self.decoded else bitstream.values(container, _decode(container)[0], dequantize)
@@ -108,14 +113,48 @@ class CompressedModel:
         `mode`: "float"; "transform": layers with a transform run as two, basis and transformed kernels; "packed": fixed-length
         codes stay packed in memory, and a weight is unpacked when its layer runs; "lazy": a weight is decoded when its layer runs,
         and kept while all that is kept takes at most `memory` (bytes, or "64MB"; None: as much as the three largest weights in
-        float); "activations": inputs of layers are rounded to what the file says of them (`compress(activations=)`); "int8": the
-        same in integers, weights with eight bits an output channel. Packed, lazy and int8 weights have no gradients, and
-        `state_dict()` has no packed and lazy ones. A module on the meta device takes the decoded tensors themselves.
-        `inference.weight_bytes(model)` says what is in memory.
+        float, or as decoding a section takes anyway); "activations": inputs of layers are rounded to what the file says of them
+        (`compress(activations=)`); "int8": the same in integers, weights with eight bits an output channel. Packed, lazy and int8
+        weights have no gradients, and `state_dict()` has no packed and lazy ones. A module on the meta device takes the decoded
+        tensors themselves. `running.weight_bytes(model)` says what is in memory.
 
         Raises InputError where the weights do not fit or the file has nothing to run in this mode."""
         limit = None if memory is None else parse_size(memory)
         return run_as(model, read_container(self.data, self.limits), self.state_dict, mode, limit)
+
+    def export_onnx(
+        self, model: nn.Module, example_input: Any, path: str | PathLike[str], weights: str = "float"
+    ) -> tuple[ExportedWeight, ...]:
+        """Write a module with the decoded weights as an .onnx file of standard operators, with an open batch axis.
+
+        `model` is copied, never changed; a network in half precision is exported in float32. `example_input`: a tensor, a tuple of
+        positional inputs, or a mapping of keyword inputs. `weights`: "float"; or "int8" with a scale an output channel, or
+        "int4" (operator set 21) with one for 32 inputs, which round the decoded weights once more, to the nearest integers
+        (relative errors of about 0.01 and 0.1 on trained networks). Returns a record for each weight, with its
+        relative error. Raises InputError, MissingDependency, OutputError, errors.FileError."""
+        from transquant import export
+
+        export.check_form(weights)
+        check_writable(path)
+        twin = modules.install(wide_copy(model), self.state_dict()).cpu()
+        data, records = export.export_module(twin, example_input, weights)
+        write_file(path, data)
+        return records
+
+    def save_onnx(self, path: str | PathLike[str]) -> None:
+        """Write the .onnx file that was compressed, with decoded values for its weights.
+
+        Raises InputError where the file was not made from one, MissingDependency, OutputError, errors.FileError."""
+        from transquant import export
+
+        check_writable(path)
+        tensors = self._tensors()
+        graph = tensors.pop(GRAPH, None)
+        if graph is None:
+            raise InputError("the file holds no ONNX graph, since it was not made from an .onnx file; export_onnx takes the model")
+        limits = self.limits or Limits()
+        room = min(limits.max_decoded_bytes, max(limits.free_expansion_bytes, limits.max_expansion * len(self.data)))
+        write_file(path, export.restored(graph, tensors, room))
 
 
 def compress(
@@ -149,9 +188,10 @@ def compress(
 ) -> CompressedModel:
     """Compress a trained network to a file of a given size.
 
-    `model`: a module, a state dict, or a path to one (.safetensors, or .pt, .pth, .bin); it is never changed. `calibration`: any
-    iterable of batches (tensor; tuple or list whose first element is the input; mapping of keyword inputs), or None: then the
-    relative squared error of the weights is the metric. Exactly one target: `bits` (8 · bytes of the file / parameters), `size`
+    `model`: a module, a state dict, a path to one (.safetensors, .pt, .pth, .bin) or to an .onnx file; it is never changed.
+    `calibration`: any iterable of batches (tensor; tuple or list whose first element is the input; mapping of keyword
+    inputs), or None: then the relative squared error of the weights is the metric. Exactly one target: `bits` (8 · bytes of the
+    file / parameters), `size`
     (bytes, or "64KB", "64KiB"), `ratio` (bytes of the tensors / bytes of the file), `distortion` (measured, in units of the
     metric), `step` (the scalar c; no search), or `max_drop=(evaluate, points)`, where `evaluate(model) -> float`, higher is better.
     `activations`: bits a value, 2 to 8 on average over all inputs of coded layers, to which modes "activations" and "int8" of
@@ -206,7 +246,7 @@ def compress(
         source = Source(*modules.gather(plan, state))
         most = samples_in_order(plan, effort) if method.feedback else 0
         learns = effort >= DISTILL_FROM and method.feedback
-        seen = _calibrate(
+        seen = calibrate(
             module, calibration, plan, source, metric, forward, output, seed, pool, say, most, live_in_order(effort), learns,
             macs is not None, input_bits is not None,
         )  # fmt: skip
@@ -328,58 +368,8 @@ def _check_options(metric: str, objective: str, macs: float | None, effort: int,
 def _open(model: Any, overrides: Mapping[str, Any] | None) -> tuple[nn.Module | None, Mapping[str, Tensor], Plan]:
     """(module or None, state dict, plan) of what the caller gave."""
     if isinstance(model, str | PathLike):
-        from transquant.modules.files import load_weights
-
         model = load_weights(model)
     if isinstance(model, Mapping):
-        return None, model, modules.apply_overrides(modules.plan_state_dict(model), overrides)
+        return None, model, modules.apply_overrides(plan_of(model), overrides)
     plan = modules.plan_model(model)
     return model, model.state_dict(), modules.apply_overrides(plan, overrides)
-
-
-@dataclass(frozen=True, slots=True)
-class _Calibrated:
-    """What calibration gives: the statistics, and what measures and teaches drafts; None where there are no samples."""
-
-    stats: Statistics
-    reference: Reference | None = None
-    paired: PairedNetworks | None = None
-    teacher: Teacher | None = None
-    calls: dict[str, Calls] | None = None
-
-
-def _calibrate(
-    module: nn.Module | None, calibration: Iterable[Any] | None, plan: Plan, source: Source, metric: str,
-    forward: Any, output: Any, seed: int, pool: Workers, say: Progress, in_order: int, most_live: int | None,
-    learns: bool, counts: bool, inputs: bool,
-) -> _Calibrated:  # fmt: skip
-    """Statistics from most of the samples, and a reference on the others; every sample is run once for each. Pairs of networks, for
-    layers in execution order, on at most `in_order` of those with statistics and with at most `most_live` bytes of activations;
-    what vectors learn from, on all of those."""
-    if calibration is None or module is None or metric == "weights":
-        return _Calibrated(weight_statistics(plan, source.values))
-    batches = list(modules.micro_batches(modules.batches_of(calibration, whole=forward is not None), 4 if plan.work > LARGE else 1))
-    pool.processes.agree("calibration samples", batches)
-    if len(batches) == 1:
-        _log.warning("there is one calibration sample: the distortion is measured on it too, nothing could be held back")
-    sizes = [modules.num_samples(b) for b in batches]
-    stride = max(5, -(-sum(sizes) // HELD_BACK))
-    held = batches[stride - 1 :: stride] if len(batches) >= stride else batches[-1:]
-    used = [b for k, b in enumerate(batches) if k % stride != stride - 1] if len(batches) >= stride else batches[:-1] or batches
-
-    def run(model: nn.Module, batch: Any) -> Tensor:
-        return modules.run_batch(model, batch, forward, output)
-
-    def run_any(model: nn.Module, batch: Any) -> Tensor:
-        return modules.run_batch(model, batch, forward, output, finite=False)
-
-    stats = collect(
-        module, used, plan, run, pool, metric, seed, progress=lambda done, total: say("statistics", done, total), inputs=inputs
-    )
-    reference = Reference(module, held, run_any, pool, stats.metric)
-    seen = accumulate(map(modules.num_samples, used), initial=0)
-    few = [b for b, before in zip(used, seen, strict=False) if before < in_order]
-    paired = PairedNetworks(module, few, plan, run_any, pool, most_live) if few else None
-    calls = count_calls(module, batches[0], run) if counts else None
-    teacher = Teacher(module, used, run_any, pool, stats.metric) if learns else None
-    return _Calibrated(stats, reference, paired, teacher, calls)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from transquant.bitstream import decode, values
 from transquant.container import read_container, read_file
 from transquant.entropy.portable import decode_planes
-from transquant.records import Limits
+from transquant.records import GRAPH, Limits
 
 
 def load(path: str | PathLike[str], limits: Limits | None = None) -> dict[str, NDArray[np.generic]]:
@@ -23,4 +23,5 @@ def load(path: str | PathLike[str], limits: Limits | None = None) -> dict[str, N
 def loads(data: bytes, limits: Limits | None = None) -> dict[str, NDArray[np.generic]]:
     """Like `load`, from the bytes of a file."""
     container = read_container(data, limits)
-    return values(container, decode(container, lambda sections: [[decode_planes(*job) for job in s] for s in sections]))
+    coded = decode(container, lambda sections: [[decode_planes(*job) for job in s] for s in sections])
+    return {name: array for name, array in values(container, coded).items() if name != GRAPH}

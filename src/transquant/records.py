@@ -23,6 +23,8 @@ MAX_FOLD = 1024  # see CodedEntry.fold
 MAX_BANDS = 1024  # of a transform: what its exact synthesis can sum up
 MAX_BASIS = 1 << 15  # magnitude of an entry of a basis
 MAX_DEPTH = 16  # bits of a fixed-length code
+GRAPH_PREFIX = "onnx:"  # of entries that are no tensors of the network
+GRAPH = "onnx:graph"  # FORMAT.md section 8
 
 IntArray = NDArray[np.int32]
 FloatArray = NDArray[np.float64]

@@ -34,7 +34,7 @@ from transquant.unpacker import read_codes
 
 M = TypeVar("M", bound=nn.Module)
 MODES = ("float", "transform", "packed", "lazy", "activations", "int8")
-KEPT_LAYERS = 3  # lazy weights may take as much as the largest ones do in float
+KEPT_LAYERS = 3  # lazy weights may take as much as the largest ones do in float, or as decoding a section takes anyway
 
 
 @dataclass(slots=True)
@@ -252,7 +252,9 @@ def _lazy(container: Container, how: Installed, memory: int | None) -> dict[str,
     of_weight = {name: piece for piece in of_symbols for name in _weights(piece)}
     entries = _weights(container)
     if memory is None:
-        memory = sum(sorted(map(_bytes, entries.values()))[-KEPT_LAYERS:])
+        sections = [list(_weights(p).values()) for p in of_symbols]
+        taken = [sum(4 * prod(e.shape) for e in own) + max(map(_bytes, own), default=0) for own in sections]
+        memory = max(sum(sorted(map(_bytes, entries.values()))[-KEPT_LAYERS:]), *taken, 0)
     how.coded_bytes = sum(len(data) for _, data in codes.values()) + sum(len(p.sections[0].data) for p in of_symbols)
 
     def produce(name: str) -> tuple[int, Iterator[tuple[str, Tensor, int]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -20,7 +20,8 @@ Model = Annotated[
     typer.Option("--model", help="FILE.py:FACTORY (returns an nn.Module), timm:NAME, torchvision:NAME, hf:FOLDER_OR_NAME."),
 ]
 Weights = Annotated[
-    Path | None, typer.Option("--weights", help="Float weights: FILE.safetensors, or a state dict in FILE.pt, .pth, .bin.")
+    Path | None,
+    typer.Option("--weights", help="Float weights: FILE.safetensors, or a state dict in FILE.pt, .pth, .bin; or FILE.onnx alone."),
 ]
 Calibration = Annotated[
     str | None,
@@ -152,29 +153,55 @@ def compress(
 
 def decompress(
     file: File,
-    output: Annotated[Path, typer.Option("-o", "--output", help="FILE.safetensors")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="FILE.safetensors or FILE.onnx")],
     as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False, force: Force = False,
 ) -> None:  # fmt: skip
-    """Decode a compressed file to .safetensors, with all keys of the original."""
+    """Decode a compressed file to .safetensors, with all keys of the original, or to .onnx if it was made from one."""
     set_logging(quiet, verbose)
-    if output.suffix != ".safetensors":
-        raise InputError(f"the output is {output}, expected a name that ends in .safetensors")
+    if output.suffix not in (".safetensors", ".onnx"):
+        raise InputError(f"the output is {output}, expected a name that ends in .safetensors or .onnx")
     _output(output, force, file)
-    from safetensors.torch import save
-
+    from transquant.cli.exporting import write_decoded
     from transquant.codec import load
-    from transquant.container import write_file
 
-    state = load(file).state_dict()
-    try:
-        payload = save({k: v.clone().contiguous() for k, v in state.items()})  # clones: the format knows no shared memory
-    except KeyError as error:
-        raise InputError(f"{file} has tensors of {error.args[0]}, which .safetensors cannot hold") from None
-    write_file(output, payload)
+    result = write_decoded(load(file), file, output)
     if as_json:
-        print_json({"output": str(output), "bytes": len(payload), "tensors": len(state)})
+        print_json(result)
     elif not quiet:
-        typer.echo(f"{output}: {len(payload):,} bytes, {len(state)} tensors")
+        typer.echo(f"{output}: {result['bytes']:,} bytes, {result['tensors']} tensors")
+
+
+def export(
+    file: File,
+    output: Annotated[Path, typer.Option("-o", "--output", help="FILE.onnx")],
+    model: Model = None,
+    example: Annotated[str | None, typer.Option("--example", help="Example input: FILE.py:FUNCTION returns it.")] = None,
+    input_shape: Annotated[str | None, typer.Option(help="Shape of one float32 input, samples first: 1,3,32,32.")] = None,
+    weights: Annotated[str, typer.Option(help="float, int8 (a scale an output channel) or int4 (one for 32 inputs).")] = "float",
+    as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False, force: Force = False,
+) -> None:  # fmt: skip
+    """Write a decoded network as an ONNX file, with float or integer weights."""
+    set_logging(quiet, verbose)
+    if model is None:
+        raise InputError("export needs --model FILE.py:FACTORY (decompress gives back the .onnx file of a network that was one)")
+    if output.suffix != ".onnx":
+        raise InputError(f"the output is {output}, expected a name that ends in .onnx")
+    _output(output, force, file, model, example)
+    from dataclasses import asdict
+
+    from transquant.cli.exporting import example_input
+    from transquant.cli.models import load_model
+    from transquant.codec import load
+
+    compressed = load(file)
+    net = cast(Any, load_model(model, None))
+    records = compressed.export_onnx(net, example_input(example, input_shape), output, weights)
+    size, worst = output.stat().st_size, max((r.relative_error for r in records), default=0.0)
+    if as_json:
+        print_json({"output": str(output), "bytes": size, "weights": [asdict(r) for r in records]})
+    elif not quiet:
+        added = f", relative errors up to {worst:.2g}" if weights != "float" else ""
+        typer.echo(f"{output}: {size:,} bytes, {len(records)} weights as {weights}{added}")
 
 
 def inspect(file: File, as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
@@ -335,5 +362,5 @@ def _one_target(**targets: Any) -> None:
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "compress": compress, "decompress": decompress, "inspect": inspect, "verify": verify, "evaluate": evaluate, "profile": profile,
-    "sweep": sweep, "demo": demo,
+    "sweep": sweep, "export": export, "demo": demo,
 }  # fmt: skip

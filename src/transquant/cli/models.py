@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from transquant.cli.zoo import LIBRARIES, from_library
 from transquant.errors import InputError
+from transquant.inputs import load_weights
 from transquant.modules import install
-from transquant.modules.files import load_weights
 
 PARALLEL = "module."
 SOURCES = "FILE.py:FACTORY, " + ", ".join(f"{library}:NAME" for library in LIBRARIES)
@@ -25,8 +25,12 @@ def load_model(model: str | None, weights: Path | None, pretrained: bool = True)
     weights or, where `pretrained` is false, any. Raises InputError, MissingDependency."""
     if model is None:
         if weights is None:
-            raise InputError(f"give a model: --model {SOURCES}, --weights FILE.safetensors or FILE.pt, or both")
+            raise InputError(
+                f"give a model: --model {SOURCES}, --weights FILE.safetensors or FILE.pt, or both; or --weights FILE.onnx"
+            )
         return load_weights(weights)
+    if weights is not None and weights.suffix == ".onnx":
+        raise InputError(f"--weights {weights} is a network by itself: give it without --model")
     module = from_library(model, pretrained and weights is None)
     if module is None:
         module = _from_file(model)
@@ -36,12 +40,7 @@ def load_model(model: str | None, weights: Path | None, pretrained: bool = True)
 
 
 def _from_file(model: str) -> nn.Module:
-    try:
-        module = call(model, "--model")
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"the factory of --model {model} failed: {type(error).__name__}: {error}") from error
+    module = returned(model, "--model", "factory")
     if not isinstance(module, nn.Module):
         raise InputError(f"the factory of --model {model} returned a {type(module).__name__}, expected an nn.Module")
     return module
@@ -60,6 +59,16 @@ def _fitting(weights: Mapping[str, Tensor], module: nn.Module) -> Mapping[str, T
         elif key.endswith("num_batches_tracked"):
             state.setdefault(key, value)
     return state
+
+
+def returned(source: str, option: str, what: str = "function") -> Any:
+    """The result of a function named on the command line, what it raises turned into InputError."""
+    try:
+        return call(source, option)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"the {what} of {option} {source} failed: {type(error).__name__}: {error}") from error
 
 
 def call(source: str, option: str) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transquant.errors import FileError
-from transquant.records import Limits
+from transquant.records import GRAPH, Limits
 
 NOTE = "Checksums find damage, not malice: compare the SHA-256 with one from a source you trust."
 
@@ -25,7 +25,7 @@ def verify_file(path: Path, max_decoded_bytes: int | None, max_expansion: int | 
     try:
         container = read_container(data, limits)
         coded = bitstream.decode(container, lambda sections: [[decode_planes(*job)[0] for job in s] for s in sections])
-        tensors = len(bitstream.values(container, coded))
+        tensors = sum(name != GRAPH for name in bitstream.values(container, coded))
     except FileError as error:
         error.args = (f"{path}: {error}",)  # one of several files
         raise

@@ -42,7 +42,7 @@ class TensorFile(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def load_weights(path: str | PathLike[str]) -> Mapping[str, Tensor]:
+def load_tensors(path: str | PathLike[str]) -> Mapping[str, Tensor]:
     """The tensors of a file, by name: of .safetensors, read when they are asked for; or of .pt, .pth and .bin, a state dict or a
     checkpoint with one under "state_dict", "model" or "model_state_dict", mapped where torch can. No code of a file is run.
 
@@ -52,7 +52,7 @@ def load_weights(path: str | PathLike[str]) -> Mapping[str, Tensor]:
         return TensorFile(path)
     if name.endswith(TORCH_SUFFIXES):
         return _state_dict(name, _unpickled(name))
-    raise InputError(f"cannot read weights from {name}: allowed are {', '.join(SUFFIXES)}")
+    raise InputError(f"cannot read weights from {name}: allowed are {', '.join(SUFFIXES)} and .onnx")
 
 
 def _opened(path: str) -> safe_open:

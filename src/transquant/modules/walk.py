@@ -19,6 +19,7 @@ RAW_DTYPES = (
     *LOSSY_DTYPES, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool,
     torch.complex64, torch.complex128, torch.uint16, torch.uint32, torch.uint64,
 )  # fmt: skip
+NONE: Mapping[str, str] = {}
 
 
 def plan_model(model: nn.Module) -> Plan:
@@ -27,7 +28,9 @@ def plan_model(model: nn.Module) -> Plan:
     Raises InputError for anything but a module, NaN or infinite weights, lazy parameters, tensors that no file can hold,
     and a model without a weight to code."""
     if not isinstance(model, nn.Module):
-        raise InputError(f"model is a {type(model).__name__}, allowed are an nn.Module, a state dict, or a path to one")
+        raise InputError(
+            f"model is a {type(model).__name__}, allowed are an nn.Module, a state dict, a path to one, or an .onnx file"
+        )
     owners = dict(model.named_modules(remove_duplicate=False))
     specs: list[Spec] = []
     first_names: dict[object, str] = {}
@@ -69,8 +72,9 @@ def plan_model(model: nn.Module) -> Plan:
     return _plan(specs, sum(p.numel() for p in model.parameters()), total)
 
 
-def plan_state_dict(state: Mapping[str, Tensor]) -> Plan:
-    """The plan of a state dict without its modules: matrices are coded, all else is exact. Tensors are looked at one by one;
+def plan_state_dict(state: Mapping[str, Tensor], exact: Mapping[str, str] = NONE) -> Plan:
+    """The plan of a state dict without its modules: matrices are coded, but those of which `exact` says why not; all else is
+    exact. Tensors are looked at one by one;
     those of a `TensorFile` are gone again before the next comes. Raises InputError."""
     specs: list[Spec] = []
     first_names: dict[object, str] = {}
@@ -84,7 +88,9 @@ def plan_state_dict(state: Mapping[str, Tensor]) -> Plan:
         total += value.numel() * value.element_size()
         if value.is_floating_point() and key.rpartition(".")[2] not in ("running_mean", "running_var"):
             parameters += value.numel()
-        if value.dtype in LOSSY_DTYPES and value.ndim >= 2 and value.numel():
+        if key in exact:
+            specs.append(RawSpec(key, tuple(value.shape), dtype_name(value), exact[key]))
+        elif value.dtype in LOSSY_DTYPES and value.ndim >= 2 and value.numel():
             specs.append(WeightSpec(key, None, "matrix", tuple(value.shape), dtype_name(value)))
         else:
             specs.append(RawSpec(key, tuple(value.shape), dtype_name(value), "no matrix, and no module is known"))
