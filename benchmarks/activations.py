@@ -69,7 +69,7 @@ def score_row(name: str, bits: float, data: list[Fold], folder: Path) -> dict[st
     accuracy = np.mean([(r.argmax(1) == labels).float().mean().item() for r, (_, _, labels) in zip(references, data, strict=True)])
     pairs = [compressed(name, bits, calibration, folder / str(k)) for k, (calibration, _, _) in enumerate(data)]
     files, inputs = [f for f, _ in pairs], [s for _, s in pairs]
-    row: dict[str, Any] = {"network": name, "bits": bits, "float": 100 * accuracy}
+    row: dict[str, Any] = {"network": name, "bits": bits, "top1": 100 * accuracy}
     row["mean_bits"] = float(np.mean([f.report.activations[0] for f in files]))
     row["predicted"] = float(np.mean([f.report.activations[1] for f in files]))
     for mode in ("float", "activations", "int8") if bits == 8 else ("activations",):
@@ -110,10 +110,10 @@ def whole_range(stats: InputStats, bits: int) -> Activation:
     return Activation(bits, round(-low / (mantissa * 2.0**exponent)), mantissa, exponent)
 
 
-def latency(name: str, data: list[Fold]) -> list[dict[str, Any]]:
+def latency(name: str, data: list[Fold], folder: Path) -> list[dict[str, Any]]:
     """Milliseconds a run and bytes of weights of each mode."""
     calibration, images, _ = data[0]
-    file = tq.compress(network(name), calibration[:256], bits=8.0, effort=1, transform="identity", trellis=False, activations=8.0)
+    file, _ = compressed(name, 8.0, calibration, folder / "0")
     rows = []
     for batch in BATCHES:
         models = {mode: file.install(network(name), mode=mode) for mode in ("float", "activations", "int8")}
@@ -141,7 +141,7 @@ def low_rate(data: list[Fold]) -> dict[str, Any]:
     file = tq.compress(model, calibration, bits=2.0, activations=8.0)
     modes = ("float", "activations", "int8")
     scores = {mode: evaluate([file.install(network("resnet20"), mode=mode)], data, references) for mode in modes}
-    return {"network": "resnet20", "bits_per_parameter": file.report.bits_per_parameter, **scores}
+    return {"network": "resnet20", "bits": 2.0, **scores}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -156,7 +156,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             own = row[mode]
             others = " | ".join(f"{row[k]['kl']:.4f}" for k in ("same", "min-max")) if mode == "activations" else " | "
             lines.append(
-                f"| {TITLES[row['network']]} | {label} | {row['float']:.2f} | **{own['drop']:.2f}** ± {own['standard_error']:.2f} "
+                f"| {TITLES[row['network']]} | {label} | {row['top1']:.2f} | **{own['drop']:.2f}** ± {own['standard_error']:.2f} "
                 f"| {own['kl']:.4f} | {others} |"
             )
     return "\n".join(lines) + "\n"
@@ -182,12 +182,13 @@ def main() -> None:
         data = [(calibration[: CALIBRATION[name]], *rest) for calibration, *rest in folds(name)]
         known = {part: [r for r in _read()[part] if r["network"] == name and not arguments.fresh] for part in PARTS}
         with tempfile.TemporaryDirectory() as folder:
+            work = Path(arguments.work or folder)
             for bits in [b for b in BITS if b not in [r["bits"] for r in known["rows"]]]:
-                known["rows"].append(score_row(name, bits, data, Path(arguments.work or folder)))
+                known["rows"].append(score_row(name, bits, data, work))
                 print(json.dumps(known["rows"][-1]), file=sys.stderr, flush=True)
                 _write("rows", name, sorted(known["rows"], key=lambda r: -r["bits"]))
-        if not known["latency"]:
-            _write("latency", name, latency(name, data))
+            if not known["latency"]:
+                _write("latency", name, latency(name, data, work))
         if name == "resnet20" and not known["low_rate"]:
             _write("low_rate", name, [low_rate(data)])
     content = _read()
