@@ -248,7 +248,7 @@ def test_state_dict_and_safetensors_without_calibration(small, tmp_path):
     with pytest.raises(tq.errors.InputError, match="not a valid"):
         tq.compress(path, size=4000)
     with pytest.raises(tq.errors.InputError, match=r"\.safetensors"):
-        tq.compress(tmp_path / "weights.pt", size=4000)
+        tq.compress(tmp_path / "weights.npz", size=4000)
 
 
 def test_overrides_store_exactly(small, samples):
