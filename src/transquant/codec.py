@@ -188,54 +188,38 @@ def compress(
 ) -> CompressedModel:
     """Compress a trained network to a file of a given size.
 
-        `model`: a module, a state dict, a path to one (.safetensors, .pt, .pth, .bin) or to an .onnx file; it is never changed.
-    <<<<<<< ours
-        `calibration`: any iterable of batches (tensor; tuple or list whose first element is the input; mapping of keyword
-        inputs), or None: then the relative squared error of the weights is the metric. Exactly one target: `bits` (8 · bytes of the
-        file / parameters), `size`
-        (bytes, or "64KB", "64KiB"), `ratio` (bytes of the tensors / bytes of the file), `distortion` (measured, in units of the
-        metric), `step` (the scalar c; no search), or `max_drop=(evaluate, points)`, where `evaluate(model) -> float`, higher is better.
-        `activations`: bits a value, 2 to 8 on average over all inputs of coded layers, to which modes "activations" and "int8" of
-        `install` quantize them (docs/activations.md); None: not. `metric`: "kl", "mse", "weights" or "auto". `transform`: "auto" takes
-        for each layer what costs least, its basis included; "identity", "dct", "klt", "elt" force one wherever it fits, over `axis`
-        "kernel", "input", "output" or "joint" (None: the best of them). `coding`: "entropy", or "fixed" for bit depths a group of
-        bands, packed (Young et al.). `coder`: "adaptive", or "static" for tables that do not learn: faster to decode, files a few per
-        cent larger, more below 1 bit a weight. `feedback`: closed loop, or plain rounding of each coefficient. `trellis`:
-        entropy-coded weights in the closed loop go along the best path of a trellis, or else each is rounded with a dead zone.
-        `objective`: "macs" looks for layers that can be the product of two thin ones at little distortion, so that
-        `install(model, mode="transform")` runs with at most the share `macs` of the network's multiply–adds (0 to 1; needs
-        calibration). `overrides`: {name pattern: "exact"} stores matching tensors exactly.
-    =======
-        `calibration`: any iterable of batches (tensor; tuple or list whose first element is the input; mapping of keyword inputs), or
-        None: then the relative squared error of the weights is the metric. Exactly one target: `bits` (8 · bytes of the file /
-        parameters), `size` (bytes, or "64KB", "64KiB"), `ratio` (bytes of the tensors / bytes of the file), `distortion` (measured, in
-        units of the metric), `step` (the scalar c; no search), or `max_drop=(evaluate, points)`, where `evaluate(model) -> float`,
-        higher is better.
-        `metric`: "kl", "mse", "weights" or "auto". `transform`: "auto" takes for each layer what costs least, its basis included;
-        "identity", "dct", "klt", "elt" force one wherever it fits, over `axis` "kernel", "input", "output" or "joint" (None: the
-        best of them). `coding`: "entropy", or "fixed" for bit depths a group of bands, packed (Young et al.). `coder`: "adaptive", or
-        "static" for tables that do not learn: faster to decode, files a few per cent larger, more below 1 bit a weight. `feedback`:
-        closed loop, or plain rounding of each coefficient. `trellis`: entropy-coded weights in the closed loop go along the best path
-        of a trellis, or else each is rounded with a dead zone. `objective`: "macs" looks for layers that can be the product of two thin
-        ones at little distortion, so that `install(model, mode="transform")` runs with at most the share `macs` of the network's
-        multiply–adds (0 to 1; needs calibration). `overrides`: {name pattern: "exact"} stores matching tensors exactly.
-    >>>>>>> theirs
-        Above 2²⁴ weights sizes are searched for on a sample of each layer's rows, then met in one or two passes; without calibration
-        such a model may be larger than memory, if it is a path. `effort` 1 or 2: nothing is tuned on held-back samples; 3 to 9: all
-        is. From 5 on layers are quantized in execution order at last, each making up for the errors of those before (below 7 on at
-        most 512 samples, and not in very large networks). From 6 on biases and BatchNorms learn the float network's outputs at the
-        end, and trellises have 16, 32, 32 and 64 states instead of 8 (64 take three times as long). `forward(model, batch)` and
-        `output(result)` override how a batch is run and what counts. `verify`: measure the closed-form distortion group by group, for
-        the report.
-        `work`: a folder for finished parts (`work.WorkFolder`), from which the same call goes on after it was killed; made if
-        there is none, and then deleted at the end. `progress(stage, done, total)` is called as work goes on.
+    `model`: a module, a state dict, a path to one (.safetensors, .pt, .pth, .bin) or to an .onnx file; it is never changed.
+    `calibration`: any iterable of batches (tensor; tuple or list whose first element is the input; mapping of keyword inputs), or
+    None: then the relative squared error of the weights is the metric. Exactly one target: `bits` (8 · bytes of the file /
+    parameters), `size` (bytes, or "64KB", "64KiB"), `ratio` (bytes of the tensors / bytes of the file), `distortion` (measured, in
+    units of the metric), `step` (the scalar c; no search), or `max_drop=(evaluate, points)`, where `evaluate(model) -> float`,
+    higher is better.
+    `activations`: bits a value, 2 to 8 on average over all inputs of coded layers, to which modes "activations" and "int8" of
+    `install` quantize them (docs/activations.md); None: not.
+    `metric`: "kl", "mse", "weights" or "auto". `transform`: "auto" takes for each layer what costs least, its basis included;
+    "identity", "dct", "klt", "elt" force one wherever it fits, over `axis` "kernel", "input", "output" or "joint" (None: the
+    best of them). `coding`: "entropy", or "fixed" for bit depths a group of bands, packed (Young et al.). `coder`: "adaptive", or
+    "static" for tables that do not learn: faster to decode, files a few per cent larger, more below 1 bit a weight. `feedback`:
+    closed loop, or plain rounding of each coefficient. `trellis`: entropy-coded weights in the closed loop go along the best path
+    of a trellis, or else each is rounded with a dead zone. `objective`: "macs" looks for layers that can be the product of two thin
+    ones at little distortion, so that `install(model, mode="transform")` runs with at most the share `macs` of the network's
+    multiply–adds (0 to 1; needs calibration). `overrides`: {name pattern: "exact"} stores matching tensors exactly.
+    Above 2²⁴ weights sizes are searched for on a sample of each layer's rows, then met in one or two passes; without calibration
+    such a model may be larger than memory, if it is a path. `effort` 1 or 2: nothing is tuned on held-back samples; 3 to 9: all
+    is. From 5 on layers are quantized in execution order at last, each making up for the errors of those before (below 7 on at
+    most 512 samples, and not in very large networks). From 6 on biases and BatchNorms learn the float network's outputs at the
+    end, and trellises have 16, 32, 32 and 64 states instead of 8 (64 take three times as long). `forward(model, batch)` and
+    `output(result)` override how a batch is run and what counts. `verify`: measure the closed-form distortion group by group, for
+    the report.
+    `work`: a folder for finished parts (`work.WorkFolder`), from which the same call goes on after it was killed; made if
+    there is none, and then deleted at the end. `progress(stage, done, total)` is called as work goes on.
 
-        Where torch.distributed has been initialised, all its processes must call with the same arguments; they share the work, and
-        each returns the whole result.
+    Where torch.distributed has been initialised, all its processes must call with the same arguments; they share the work, and
+    each returns the whole result.
 
-        Files are at most the asked size and at most 1 % (or 64 bytes) smaller, down to steps of 1/130,000 of a tensor's largest
-        value: no file is finer. The same input, options and seed give the same
-        file, whatever the number of threads and processes. Raises InputError, TargetError.
+    Files are at most the asked size and at most 1 % (or 64 bytes) smaller, down to steps of 1/130,000 of a tensor's largest
+    value: no file is finer. The same input, options and seed give the same
+    file, whatever the number of threads and processes. Raises InputError, TargetError.
     """
     _check_options(metric, objective, macs, effort, seed)
     method = _method(transform, axis, coding, coder, feedback, trellis, effort)
