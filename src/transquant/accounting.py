@@ -12,7 +12,7 @@ from transquant import grid
 from transquant.bitstream import EncodedFile, split_bits
 from transquant.container import header_bytes
 from transquant.container.dtypes import DTYPES
-from transquant.metadata import read_distortions
+from transquant.metadata import read_activations, read_distortions
 from transquant.records import (
     BatchNormEntry,
     CodedEntry,
@@ -43,15 +43,17 @@ def report_of(
     settings: Mapping[str, Any],
     gains: Mapping[str, float],
     verification: tuple[Any, ...] = (),
+    activations: tuple[float, float] | None = None,
 ) -> Report:
-    """The report of a compression that has just been done; `gains` of its transforms, in bits a value."""
+    """The report of a compression that has just been done; `gains` of its transforms, in bits a value; `activations`: mean
+    bits a value of inputs, and the predicted distortion of that."""
     total = max(draft.predicted, 1e-300)
     shares = {name: d / total for name, d in draft.distortions.items()}
     rows = tuple(_rows(draft.entries, encoded.bits, draft.step, shares, gains))
     raw = tuple((s.name, s.reason) for s in plan.specs if isinstance(s, RawSpec))
     return _report(
         rows, encoded.data, encoded.raw_bytes, plan.original_bytes, plan.num_parameters, stats.metric,
-        draft.predicted, measured, raw, settings, verification,
+        draft.predicted, measured, raw, settings, verification, activations,
     )  # fmt: skip
 
 
@@ -69,7 +71,19 @@ def file_report(container: Container, data: bytes, plane_bits: Sequence[float], 
         original += size
     rows = tuple(_rows(container.entries, bits, container.step, shares))
     raw = tuple((e.name, "exact") for e in container.entries if isinstance(e, RawEntry))
-    return _report(rows, data, raw_bytes, original, parameters, metric, predicted, None, raw, {})
+    return _report(
+        rows,
+        data,
+        raw_bytes,
+        original,
+        parameters,
+        metric,
+        predicted,
+        None,
+        raw,
+        {},
+        activations=read_activations(container.metadata),
+    )
 
 
 def parameters_of(container: Container) -> int:
@@ -80,7 +94,7 @@ def parameters_of(container: Container) -> int:
 def _report(
     rows: tuple[LayerReport, ...], data: bytes, raw_bytes: int, original: int, parameters: int, metric: str,
     predicted: float | None, measured: float | None, raw: tuple[tuple[str, str], ...], settings: Mapping[str, Any],
-    verification: tuple[Any, ...] = (),
+    verification: tuple[Any, ...] = (), activations: tuple[float, float] | None = None,
 ) -> Report:  # fmt: skip
     payload = round(sum(r.payload_bits for r in rows if r.kind == "weight") / 8)
     side = round(sum(r.payload_bits for r in rows if r.kind != "weight") / 8) + raw_bytes
@@ -90,6 +104,7 @@ def _report(
         side_info_bytes=len(data) - header - payload - side, header_bytes=header, original_bytes=original,
         num_parameters=parameters, metric=metric, predicted_distortion=predicted, measured_distortion=measured,
         layers=rows, raw=raw, settings=settings, verification=verification,
+        activations=activations,
     )  # fmt: skip
 
 
@@ -123,6 +138,7 @@ def _rows(
             distortion_share=shares.get(entry.name),
             basis_bits=bits[entry.name].basis,
             transform_gain=None if gains is None else gains.get(entry.name),
+            activation_bits=getattr(getattr(entry, "activation", None), "bits", None),
         )
 
 

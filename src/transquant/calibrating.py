@@ -38,7 +38,7 @@ class Calibrated:
 def calibrate(
     module: nn.Module | None, calibration: Iterable[Any] | None, plan: Plan, source: Source, metric: str,
     forward: Any, output: Any, seed: int, pool: Workers, say: Callable[[str, int, int], None], in_order: int, most_live: int | None,
-    learns: bool, counts: bool,
+    learns: bool, counts: bool, inputs: bool,
 ) -> Calibrated:  # fmt: skip
     """Statistics from most of the samples, and a reference on the others; every sample is run once for each. Pairs of networks, for
     layers in execution order, on at most `in_order` of those with statistics and with at most `most_live` bytes of activations;
@@ -60,7 +60,9 @@ def calibrate(
     def run_any(model: nn.Module, batch: Any) -> Tensor:
         return modules.run_batch(model, batch, forward, output, finite=False)
 
-    stats = collect(module, used, plan, run, pool, metric, seed, progress=lambda done, total: say("statistics", done, total))
+    stats = collect(
+        module, used, plan, run, pool, metric, seed, progress=lambda done, total: say("statistics", done, total), inputs=inputs
+    )
     reference = Reference(module, held, run_any, pool, stats.metric)
     seen = accumulate(map(modules.num_samples, used), initial=0)
     few = [b for b, before in zip(used, seen, strict=False) if before < in_order]

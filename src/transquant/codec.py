@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from transquant import bitstream, modules, packing
 from transquant.accounting import file_report, report_of
+from transquant.activations import parse_activations, plan_activations
 from transquant.calibrating import calibrate
 from transquant.choices import CODERS, KINDS, Choice, LayerTransform, Method
 from transquant.container import check_writable, read_container, read_file, write_file
@@ -39,6 +40,7 @@ from transquant.records import (
     CodedEntry,
     CodedTensor,
     Container,
+    InputStats,
     IntArray,
     LayerStats,
     Limits,
@@ -72,7 +74,7 @@ M = TypeVar("M", bound=nn.Module)
 STATE_BITS = 3  # log2 of the number of states of a trellis
 MORE_STATE_BITS = {6: 4, 7: 5, 8: 5, 9: 6}  # by effort
 KEPT = (  # what a work folder may hold
-    Statistics, LayerStats, CodedWeight, CodedTensor, CodedEntry, BandCodes, ChosenTransform, LayerTransform,
+    Statistics, LayerStats, InputStats, CodedWeight, CodedTensor, CodedEntry, BandCodes, ChosenTransform, LayerTransform,
 )  # fmt: skip
 WORTH_THREADS = 1 << 17  # bytes of symbol sections that are decoded in threads
 
@@ -111,8 +113,10 @@ class CompressedModel:
         `mode`: "float"; "transform": layers with a transform run as two, basis and transformed kernels; "packed": fixed-length
         codes stay packed in memory, and a weight is unpacked when its layer runs; "lazy": a weight is decoded when its layer runs,
         and kept while all that is kept takes at most `memory` (bytes, or "64MB"; None: as much as the three largest weights in
-        float, or as decoding a section takes anyway). Packed and lazy weights have no gradients and are not in `state_dict()`. A
-        module on the meta device takes the decoded tensors themselves. `running.weight_bytes(model)` says what is in memory.
+        float, or as decoding a section takes anyway); "activations": inputs of layers are rounded to what the file says of them
+        (`compress(activations=)`); "int8": the same in integers, weights with eight bits an output channel. Packed, lazy and int8
+        weights have no gradients, and `state_dict()` has no packed and lazy ones. A module on the meta device takes the decoded
+        tensors themselves. `running.weight_bytes(model)` says what is in memory.
 
         Raises InputError where the weights do not fit or the file has nothing to run in this mode."""
         limit = None if memory is None else parse_size(memory)
@@ -163,6 +167,7 @@ def compress(
     distortion: float | None = None,
     step: float | None = None,
     max_drop: tuple[Callable[[Any], float], float] | None = None,
+    activations: float | None = None,
     metric: str = "auto",
     transform: str = "auto",
     axis: str | None = None,
@@ -189,6 +194,8 @@ def compress(
     parameters), `size` (bytes, or "64KB", "64KiB"), `ratio` (bytes of the tensors / bytes of the file), `distortion` (measured, in
     units of the metric), `step` (the scalar c; no search), or `max_drop=(evaluate, points)`, where `evaluate(model) -> float`,
     higher is better.
+    `activations`: bits a value, 2 to 8 on average over all inputs of coded layers, to which modes "activations" and "int8" of
+    `install` quantize them (docs/activations.md); None: not.
     `metric`: "kl", "mse", "weights" or "auto". `transform`: "auto" takes for each layer what costs least, its basis included;
     "identity", "dct", "klt", "elt" force one wherever it fits, over `axis` "kernel", "input", "output" or "joint" (None: the
     best of them). `coding`: "entropy", or "fixed" for bit depths a group of bands, packed (Young et al.). `coder`: "adaptive", or
@@ -230,32 +237,22 @@ def compress(
         raise InputError("verify needs calibration data: without it there is nothing to measure")
     if calibration is None and metric in ("kl", "mse"):
         raise InputError(f"metric {metric!r} needs calibration data; without it the metric is 'weights'")
+    input_bits = parse_activations(activations, calibration is not None and metric != "weights")
 
     folder = None if work is None else lambda: WorkFolder(work, KEPT)
     with torch.inference_mode(False), unchanged(module), workers(folder) as pool:
-        options = given if max_drop is None else "max_drop", method, macs, metric, effort, seed, verify, work is None
+        options = given if max_drop is None else "max_drop", method, macs, metric, effort, seed, verify, work is None, input_bits
         pool.processes.agree("models or options", options, plan, state)
         source = Source(*modules.gather(plan, state))
         most = samples_in_order(plan, effort) if method.feedback else 0
         learns = effort >= DISTILL_FROM and method.feedback
         seen = calibrate(
-            module,
-            calibration,
-            plan,
-            source,
-            metric,
-            forward,
-            output,
-            seed,
-            pool,
-            say,
-            most,
-            live_in_order(effort),
-            learns,
-            macs is not None,
-        )
+            module, calibration, plan, source, metric, forward, output, seed, pool, say, most, live_in_order(effort), learns,
+            macs is not None, input_bits is not None,
+        )  # fmt: skip
         stats, reference = seen.stats, seen.reference
-        encoder = Encoder(plan, source, stats, pool, method)
+        inputs = None if input_bits is None else plan_activations(stats, input_bits, pool)
+        encoder = Encoder(plan, source, stats, pool, method, activations=inputs)
         if macs is not None and seen.calls is not None:
             ranks, share = choose_ranks(plan, encoder.layers, source.values, seen.calls, macs)
             encoder = encoder.transformed(ranks)
@@ -285,8 +282,9 @@ def compress(
         settings["work"] = {"layers_taken": taken, "layers_computed": computed}
     if search.scores:
         settings["score"] = {"float": search.scores[0], "compressed": search.scores[1]}
+    quantized = None if inputs is None else (inputs.mean_bits, inputs.predicted)
     gains = {name: t.gain for name, t in search.transforms.items()}
-    report = report_of(plan, stats, draft, encoded, measured, settings, gains, points)
+    report = report_of(plan, stats, draft, encoded, measured, settings, gains, points, quantized)
     return CompressedModel(encoded.data, report)
 
 

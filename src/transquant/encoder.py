@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from transquant.activations import ActivationPlan
 from transquant.allocation.steps import first_guess, vector_qp
 from transquant.bitstream import EncodedFile, Job, Part, decode, encode, runs, values
 from transquant.choices import IDENTITY, PACKED, Choice, LayerTransform, Method
@@ -28,7 +29,7 @@ from transquant.entropy.lanes import decode_planes, encode_planes
 from transquant.entropy.tables import fold_for
 from transquant.fingerprint import fingerprint
 from transquant.grid import global_step, nearest_qp, on_grid, steps
-from transquant.metadata import write_distortions
+from transquant.metadata import write_activations, write_distortions
 from transquant.quantizers.feedback import Rounding, quantize_feedback
 from transquant.quantizers.metric import centred, mean_diagonal
 from transquant.records import (
@@ -111,10 +112,11 @@ class Encoder:
 
     def __init__(
         self, plan: Plan, source: Source, stats: Statistics, pool: Workers, method: Method = METHOD,
-        transforms: Mapping[str, LayerTransform] | None = None,
+        transforms: Mapping[str, LayerTransform] | None = None, activations: ActivationPlan | None = None,
     ) -> None:  # fmt: skip
         self.plan, self.source, self.stats, self.pool, self.method = plan, source, stats, pool, method
         self.transforms = transforms or {}  # by weight; what is left out has none
+        self.activations = activations
         shared = {s.of for s in plan.specs if isinstance(s, AliasSpec)}  # what others use too cannot be corrected for one
         biases = {s.name for s in plan.specs if isinstance(s, VectorSpec) and s.name.endswith("bias")} - shared
         own_bias = {name.removesuffix("bias") for name in biases if f"{name.removesuffix('bias')}weight" not in shared}
@@ -250,7 +252,10 @@ class Encoder:
         for spec in specs:
             if isinstance(spec, WeightSpec):
                 distortions[spec.name] = done[spec.name].distortion
-                yield done[spec.name].tensor.entry, done[spec.name].tensor
+                entry = done[spec.name].tensor.entry
+                if self.activations is not None:
+                    entry = replace(entry, activation=self.activations.quantizers.get(spec.name))
+                yield entry, done[spec.name].tensor
             elif isinstance(spec, VectorSpec):
                 qp, symbols, distortions[spec.name] = self._vector(spec.name, spec.name, c, step, shifts.get(spec.name))
                 entry = CodedEntry(spec.name, spec.shape, spec.dtype, qp)
@@ -285,7 +290,9 @@ class Encoder:
                 yield from encoded
 
         def metadata() -> Mapping[str, str]:
-            return write_distortions(self.stats.metric, distortions)
+            plan = self.activations
+            own = write_distortions(self.stats.metric, distortions)
+            return own if plan is None else {**own, **write_activations(plan.mean_bits, plan.predicted)}
 
         return encode(step, parts, self.source.raw, encode_streams, self.method.coder, metadata)
 

@@ -19,6 +19,20 @@ def write_distortions(metric: str, distortions: Mapping[str, float]) -> dict[str
     return {"distortion": f"{metric} {total:.3g}", "shares": shares}
 
 
+def write_activations(mean_bits: float, predicted: float) -> dict[str, str]:
+    """Mean bits a value of inputs that are quantized, and the predicted distortion of that."""
+    return {"activations": f"{mean_bits:.4g} {predicted:.3g}"}
+
+
+def read_activations(metadata: Mapping[str, str]) -> tuple[float, float] | None:
+    """(mean bits, predicted distortion), or None."""
+    with suppress(ValueError):
+        bits, predicted = map(float, metadata.get("activations", "").split(" "))
+        if isfinite(bits) and isfinite(predicted):
+            return bits, predicted
+    return None
+
+
 def read_distortions(metadata: Mapping[str, str], names: Sequence[str]) -> tuple[str, float | None, dict[str, float]]:
     """(metric, predicted sum or None, shares by name); another writer may have written something else, or nothing."""
     metric, predicted = "unknown", None

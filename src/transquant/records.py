@@ -33,13 +33,29 @@ FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
+class Activation:
+    """How the input of a layer is quantized: value x is code round(x / scale) + zero, clipped to 0 … 2^bits − 1, with
+    scale = mantissa · 2^exponent, exact in float32."""
+
+    bits: int
+    zero: int
+    mantissa: int
+    exponent: int
+
+    @property
+    def scale(self) -> float:
+        """Step between two codes."""
+        return float(self.mantissa) * 2.0**self.exponent
+
+
+@dataclass(frozen=True, slots=True)
 class CodedEntry:
     """Header record of one lossily coded tensor (FORMAT.md, kind "c"): everything but its symbols.
 
     `fold`: each row is coded as that many rows, so that a matrix of few long rows fills the lanes of a vectorised reader.
     `transform`: "i" identity, "d" DCT, "k" KLT, "e" ELT. `axis`: what the bands run over, "r" rows, "c" channels,
     "k" kernel, "j" joint. `coding`: "u" entropy-coded symbols, "t" those of a trellis of 2^`state_bits` states, "f"
-    fixed-length codes."""
+    fixed-length codes. `activation`: of the layer's input, where it is quantized too."""
 
     name: str
     shape: tuple[int, ...]
@@ -52,6 +68,7 @@ class CodedEntry:
     axis: Literal["", "r", "c", "k", "j"] = ""
     coding: Literal["u", "t", "f"] = "u"
     state_bits: int = 0
+    activation: Activation | None = None
 
     @property
     def rows(self) -> int:
@@ -349,14 +366,30 @@ class LayerStats:
 
 
 @dataclass(frozen=True, slots=True)
+class InputStats:
+    """What quantizing the input of a layer costs: a histogram of its values, weighted with their squared gradients.
+
+    `sums` float64 (3, bins): of h, h·x and h·x² by bin, h scaled so that an error e of all values in a bin costs h·e² in units of
+    the metric; bin k holds values from (k − bins / 2)·2^exponent on. `low`, `high`: smallest and largest value that was seen.
+    `values`: of the input, a sample."""
+
+    sums: FloatArray
+    exponent: int
+    low: float
+    high: float
+    values: float
+
+
+@dataclass(frozen=True, slots=True)
 class Statistics:
     """All that calibration learns. `vectors[key]`: float64, elementwise sensitivity (same shape as the tensor; for a
     BatchNorm keys "<module>.weight" and "<module>.bias" in terms of the equivalent scale and shift) such that the
     predicted distortion of an error e is sum(sensitivity · e²). `metric` is what was used: "kl", "mse" or "weights". `absorbers`:
-    by weight, the BatchNorm whose shift can take the mean error of the layer's output."""
+    by weight, the BatchNorm whose shift can take the mean error of the layer's output. `inputs`: by weight, where asked for."""
 
     layers: Mapping[str, LayerStats]
     vectors: Mapping[str, FloatArray]
     metric: str
     samples: int
     absorbers: Mapping[str, str] = field(default_factory=dict)
+    inputs: Mapping[str, InputStats] = field(default_factory=dict)

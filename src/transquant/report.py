@@ -11,7 +11,7 @@ from typing import Any
 class LayerReport:
     """One row of the report. Bits are those of the file, `side_bits` with `basis_bits`. `distortion_share`: the layer's part
     of the predicted sum. `transform_gain`: bits a value that the transform was found to save, its basis included (None where
-    nothing was compared)."""
+    nothing was compared). `activation_bits`: of a value of the layer's input, where that is quantized."""
 
     name: str
     shape: tuple[int, ...]
@@ -24,6 +24,7 @@ class LayerReport:
     distortion_share: float | None
     basis_bits: float = 0.0
     transform_gain: float | None = None
+    activation_bits: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,8 @@ class VerifiedPoint:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What compress did; `str(report)` is the table, `as_dict()` the JSON."""
+    """What compress did; `str(report)` is the table, `as_dict()` the JSON. `activations`: mean bits a value of the inputs that are
+    quantized, and the predicted distortion of that alone, in units of the metric; None where none are."""
 
     file_bytes: int
     payload_bytes: int
@@ -57,6 +59,7 @@ class Report:
     raw: tuple[tuple[str, str], ...]
     settings: Mapping[str, Any]
     verification: tuple[VerifiedPoint, ...] = ()
+    activations: tuple[float, float] | None = None
 
     @property
     def basis_bytes(self) -> int:
@@ -106,8 +109,13 @@ def _text(report: Report) -> str:
     for name, size, what in parts:
         lines.append(f"  {name:<17}{size:>12,}  {100 * size / report.file_bytes:5.1f} %  {what}")
     lines += ["", _distortion_line(report), ""]
+    inputs = any(r.activation_bits is not None for r in report.layers)
+    if report.activations is not None:
+        bits, predicted = report.activations
+        lines[-1:] = [f"  inputs of layers: {bits:.4g} bits a value on average, which adds {predicted:.3g} (predicted)", ""]
     width = max([len(r.name) for r in report.layers] + [5])
     titles = f"{'transform':<14} {'gain':>6} {'values':>10} {'bits/value':>10} {'step':>9} {'distortion':>10}"
+    titles += "  input bits" if inputs else ""
     lines.append(f"  {'layer':<{width}}  {'shape':<18} {titles}")
     for r in report.layers:
         per_value = (r.payload_bits + r.side_bits) / max(r.num_values, 1)
@@ -116,6 +124,8 @@ def _text(report: Report) -> str:
         shape = "x".join(map(str, r.shape)) or "scalar"
         gain = "" if r.transform_gain is None or r.transform == "identity" else f"{r.transform_gain:.3f}"
         what = f"{shape:<18} {r.transform:<14} {gain:>6} {r.num_values:>10,} {per_value:>10.3f} {step} {share}"
+        if inputs:
+            what += f"{'' if r.activation_bits is None else r.activation_bits:>12}"
         lines.append(f"  {r.name:<{width}}  {what}")
     if any(r.transform != "identity" and r.transform_gain is not None for r in report.layers):
         lines += ["", "  gain: bits a value that the transform saves at equal predicted distortion, its basis included"]

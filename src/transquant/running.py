@@ -4,6 +4,8 @@ float       tensors
 transform   tensors; where a layer has a transform, those of two layers
 packed      fixed-length codes as they are in the file; a weight is unpacked when its layer runs
 lazy        sections as they are in the file; a weight is decoded when its layer runs, and kept while it fits a limit
+activations tensors, and inputs of layers are rounded to the codes that the file gives ranges of: what int8 is compared with
+int8        integers: the same codes, and weights of eight bits an output channel
 """
 
 from __future__ import annotations
@@ -24,13 +26,14 @@ from transquant.container.dtypes import DTYPES
 from transquant.dequantizer import dequantize
 from transquant.entropy.lanes import decode_planes
 from transquant.errors import InputError
-from transquant.modules.kinds import kind_of
-from transquant.records import AliasEntry, Coded, CodedEntry, CodedTensor, Container, FloatArray, is_packed
+from transquant.modules.kinds import kind_of, place
+from transquant.records import Activation, AliasEntry, Coded, CodedEntry, CodedTensor, Container, FloatArray, is_packed
+from transquant.stats.inputs import takes_input
 from transquant.transforms.exact import dct_basis
 from transquant.unpacker import read_codes
 
 M = TypeVar("M", bound=nn.Module)
-MODES = ("float", "transform", "packed", "lazy")
+MODES = ("float", "transform", "packed", "lazy", "activations", "int8")
 KEPT_LAYERS = 3  # lazy weights may take as much as the largest ones do in float, or as decoding a section takes anyway
 
 
@@ -54,11 +57,15 @@ def install(
     if memory is not None and mode != "lazy":
         raise InputError(f"memory limits what mode 'lazy' keeps decoded; mode is {mode!r}")
     how = Installed(mode)
+    quantized = _quantized(container, mode) if mode in ("activations", "int8") else {}
+    inference.release_inputs(model)
     if mode == "float":
         modules.install(model, state())
         how.layers = dict.fromkeys(_weights(container), "decoded")
     elif mode == "transform":
         model = _in_transform_domain(modules.install(model, state()), container, how)
+    elif quantized:
+        model = _with_quantized_inputs(modules.install(model, state()), container, quantized, how)
     else:
         sources = _packed(container, how) if mode == "packed" else _lazy(container, how, memory)
         _put_on_demand(model, container, sources, how)
@@ -89,10 +96,7 @@ def _in_transform_domain(model: M, container: Container, how: Installed) -> M:
     """The model with two layers in place of each that has a transform."""
     aliases = [e for e in container.entries if isinstance(e, AliasEntry)]
     shared = {e.of for e in aliases} | {e.name for e in aliases}
-    owners = dict(model.named_modules(remove_duplicate=False))
-    paths: dict[int, list[str]] = {}
-    for path, module in owners.items():
-        paths.setdefault(id(module), []).append(path)
+    owners, paths = _paths(model)
     for piece in bitstream.pieces(container):
         weights = _weights(piece)
         how.layers |= dict.fromkeys(weights, "decoded: no transform")
@@ -107,12 +111,27 @@ def _in_transform_domain(model: M, container: Container, how: Installed) -> M:
                 how.layers[name] = f"decoded: {made}"
                 continue
             how.layers[name] = f"two layers, {made.kept} of {tensor.entry.bands} bands"
-            for path in paths[id(owners[owner])]:
-                if not path:
-                    return made  # type: ignore[return-value]
-                parent, _, child = path.rpartition(".")
-                setattr(owners[parent], child, made)
+            model = _replaced(model, owners, paths[id(owners[owner])], made)
     return model
+
+
+def _replaced(model: M, owners: Mapping[str, nn.Module], paths: list[str], made: nn.Module) -> M:
+    """The model with a module in other's place, under all its paths; the module itself where it was the whole model."""
+    for path in paths:
+        if not path:
+            return made  # type: ignore[return-value]
+        parent, _, child = path.rpartition(".")
+        setattr(owners[parent], child, made)
+    return model
+
+
+def _paths(model: nn.Module) -> tuple[dict[str, nn.Module], dict[int, list[str]]]:
+    """Modules by path, and all paths of each by its id."""
+    owners = dict(model.named_modules(remove_duplicate=False))
+    paths: dict[int, list[str]] = {}
+    for path, module in owners.items():
+        paths.setdefault(id(module), []).append(path)
+    return owners, paths
 
 
 def _two_layers(
@@ -134,6 +153,42 @@ def _synthesis(tensor: CodedTensor) -> FloatArray:
     if tensor.basis is None:
         return dct_basis(tensor.entry.shape[2:]).astype(np.float64)
     return tensor.basis.astype(np.float64)
+
+
+# ----------------------------------------------------------------------------------------- quantized inputs
+
+
+def _quantized(container: Container, mode: str) -> dict[str, Activation]:
+    """What a file says of inputs, by weight, where this mode can run. Raises InputError."""
+    found = {name: e.activation for name, e in _weights(container).items() if e.activation is not None}
+    if not found:
+        raise InputError(f"mode {mode!r} runs files with ranges of inputs (compress(..., activations=8.0)); this one has none")
+    if mode == "int8" and not inference.has_exact_kernels():
+        raise InputError("mode 'int8' needs oneDNN's integer kernels of PyTorch for x86 processors; here mode 'activations' runs")
+    return found
+
+
+def _with_quantized_inputs(model: M, container: Container, quantized: Mapping[str, Activation], how: Installed) -> M:
+    """The model with layers whose inputs are quantized, in integers where there are such layers and the mode is int8."""
+    owners, paths = _paths(model)
+    aliases = bitstream.decoded_aliases(container)
+    how.layers = dict.fromkeys(_weights(container), "decoded")
+    for name in [*quantized, *(a for a, of in aliases.items() if of in quantized)]:
+        activation, where = quantized[aliases.get(name, name)], place(name, owners)
+        module = where.module
+        if module is None or id(module) not in paths or not takes_input(kind_of(module) or "", where.attribute):
+            continue
+        own = paths.pop(id(module))
+        reason = "decoded" if how.mode == "activations" else inference.why_not_int8(module)
+        if reason is None:
+            made = inference.int8_layer(module, activation)
+            how.coded_bytes += made.num_weights  # packed ones, beside those that are stored
+            how.layers[aliases.get(name, name)] = f"int8, input of {activation.bits} bits"
+            model = _replaced(model, owners, own, made)
+        else:
+            how.layers[aliases.get(name, name)] = f"{reason}, input of {activation.bits} bits"
+            inference.quantize_input(module, activation)
+    return model
 
 
 # ----------------------------------------------------------------------------------------- weights on demand

@@ -96,6 +96,9 @@ def compress(
     distortion: Annotated[float | None, typer.Option(help="Target: measured output distortion.")] = None,
     step: Annotated[float | None, typer.Option(help="The global step itself (`c` in the settings of --json); no search.")] = None,
     max_drop: Annotated[float | None, typer.Option(help="Target: points of top-1 accuracy lost on --data.")] = None,
+    activations: Annotated[
+        float | None, typer.Option(help="Quantize inputs of layers too: bits a value on average, 2 to 8; 8 is for mode int8.")
+    ] = None,
     exact: Annotated[list[str] | None, typer.Option(help="Store tensors of this name (a glob pattern) exactly.")] = None,
     metric: Metric = "auto", transform: Transform = "auto", axis: Axis = None, coding: Coding = "entropy",
     objective: Annotated[str, typer.Option(help="bytes; or macs: also few multiply-adds in mode transform.")] = "bytes",
@@ -128,8 +131,9 @@ def compress(
     with progress_bar(quiet or as_json) as progress:
         compressed = run(
             net, samples.batches if samples else None, bits=bits, size=size, ratio=ratio, distortion=distortion,
-            step=step, max_drop=drop, metric=metric, transform=transform, axis=axis, coding=coding, coder=coder, feedback=feedback,
-            trellis=trellis, objective=objective, macs=macs, effort=effort, seed=seed, verify=verify, work=work,
+            step=step, max_drop=drop, activations=activations, metric=metric, transform=transform, axis=axis, coding=coding,
+            coder=coder, feedback=feedback, trellis=trellis, objective=objective, macs=macs, effort=effort, seed=seed,
+            verify=verify, work=work,
             overrides=dict.fromkeys(exact or [], "exact"), progress=progress,
         )  # fmt: skip
     if not leads():

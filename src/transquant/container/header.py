@@ -12,6 +12,7 @@ from transquant.errors import CorruptFile, LimitExceeded, UnsupportedVersion
 from transquant.records import (
     MAX_BANDS,
     MAX_FOLD,
+    Activation,
     AliasEntry,
     BatchNormEntry,
     CodedEntry,
@@ -23,6 +24,8 @@ from transquant.records import (
 
 MAX_ENTRIES = 100_000
 TRELLIS_BITS = 2, 6
+ACTIVATION_BITS = 2, 8
+ACTIVATION_EXPONENTS = -130, 60  # steps are normal numbers in float32, and so are their inverses
 BATCHNORM_KEYS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 SectionRow = tuple[Literal["s", "m", "t", "p", "r"], int, int, int, int]  # kind, count, lanes, length, crc32
@@ -51,6 +54,8 @@ def entry_to_json(entry: Entry) -> dict[str, Any]:
             value["g"] = entry.groups
         if entry.fold != 1:
             value["f"] = entry.fold
+        if (how := entry.activation) is not None:
+            value["a"] = [how.bits, how.zero, how.mantissa, how.exponent]
     if entry.dtype != "float32":
         value["t"] = entry.dtype
     return value
@@ -78,7 +83,7 @@ def entry_from_json(value: Any) -> Entry:
     if kind == "r":
         value = keys(value, "kns", "t", "a raw tensor")
         return RawEntry(string(value["n"], "a tensor name"), _shape(value["s"]), _dtype(value, tuple(DTYPES)))
-    return _coded(keys(value, "nsq", "ktdgzxyfv", "a coded tensor"))
+    return _coded(keys(value, "nsq", "ktdgzxyfva", "a coded tensor"))
 
 
 def header_to_json(
@@ -164,11 +169,13 @@ def _coded(value: dict[str, Any]) -> CodedEntry:
         string(value["n"], "a tensor name"), _shape(value["s"]), _dtype(value, CODED_DTYPES), _qp(value["q"]),
         (offsets[0], offsets[1]), cast(Any, groups), integer(value.get("f", 1), 1, MAX_FOLD, "a fold"),
         cast(Any, transform), cast(Any, axis), cast(Any, coding), state_bits,
+        _activation(value["a"]) if "a" in value else None,
     )  # fmt: skip
     shape = list(entry.shape)
-    if len(shape) < 2 and (groups or axis or entry.fold > 1 or coding != "u"):
+    if len(shape) < 2 and (groups or axis or entry.fold > 1 or coding != "u" or entry.activation):
         raise CorruptFile(
-            f"a tensor of shape {shape} has step groups, a fold, an axis, a trellis or bit depths, allowed for matrices only"
+            f"a tensor of shape {shape} has step groups, a fold, an axis, a trellis, bit depths or an activation, allowed for "
+            "matrices only"
         )
     if (coding == "t") != (state_bits > 0):
         raise CorruptFile(f"tensor {entry.name!r} has {state_bits} state bits, which does not go with quantizer {coding!r}")
@@ -183,6 +190,17 @@ def _coded(value: dict[str, Any]) -> CodedEntry:
     if entry.fold > 1 and entry.columns // max(entry.group_columns, 1) % entry.fold:
         raise CorruptFile(f"a tensor of shape {shape} has rows folded by {entry.fold}, which does not divide them")
     return entry
+
+
+def _activation(value: Any) -> Activation:
+    bits, zero, mantissa, exponent = items(value, "an activation", length=4)
+    integer(bits, *ACTIVATION_BITS, "an activation's bits")
+    return Activation(
+        bits,
+        integer(zero, 0, 2**bits - 1, "an activation's zero"),
+        integer(mantissa, 2048, 4095, "the mantissa of an activation's step"),
+        integer(exponent, *ACTIVATION_EXPONENTS, "the exponent of an activation's step"),
+    )
 
 
 def _shape(value: Any) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from transquant.memory import give_back
 from transquant.records import BatchNormSpec, FloatArray, Plan, Statistics, Use, VectorSpec, WeightSpec
 from transquant.stats.absorbers import absorbers
 from transquant.stats.copies import wide_copy
+from transquant.stats.inputs import InputRecorder, input_uses
 from transquant.stats.metric import direction, resolve, unit
 from transquant.stats.moments import Moments, moment_shapes
 from transquant.stats.recorders import Handle, attach
@@ -47,21 +48,23 @@ def collect(
     memory_limit: int = MEMORY_LIMIT,
     cross_validate: bool = True,
     progress: Progress | None = None,
+    inputs: bool = False,
 ) -> Statistics:
     """Statistics of all weights and vectors of the plan.
 
     `batches` are fixed micro-batches (`modules.micro_batches`), `run(model, batch)` gives the output (N, ...). One random
     direction a sample, one forward and one backward pass. The scale of each layer's G ⊗ A is that of E‖∇W‖². `cross_validate`: the
-    moments' eigenvalues are what other samples say (`shrinkage`); else moments are the sample's.
+    moments' eigenvalues are what other samples say (`shrinkage`); else moments are the sample's. `inputs`: also histograms
+    of layers' inputs (`inputs.py`).
     Raises InputError for a model that cannot be copied or run, and for NaN or infinite activations."""
     number = max(1, min(pool.count, -(-len(batches) // pool.processes.size)))
-    collectors = [_Collector(wide_copy(model), plan, run, max_side, memory_limit) for _ in range(number)]
+    collectors = [_Collector(wide_copy(model), plan, run, max_side, memory_limit, inputs) for _ in range(number)]
     with torch.no_grad():
         metric = resolve(metric, run(collectors[0].model, batches[0]))
         followed = absorbers(collectors[0].model, batches[0], plan, run)
 
     def depends() -> object:  # the sums of one batch stand for the code of the model, which cannot be seen
-        own = model.state_dict(), plan, batches, metric, seed, max_side, memory_limit, cross_validate
+        own = model.state_dict(), plan, batches, metric, seed, max_side, memory_limit, cross_validate, inputs
         return own, collectors[0].partial(0, batches[0], metric, seed)
 
     stats = pool.keep(
@@ -110,7 +113,8 @@ def _statistics(
     by_name = {s.name: layer for s, layer in zip(largest, found, strict=True)}
     layers = {s.name: by_name[s.name] for s in weights}
     vectors = {key: (value / total.samples * total.unit).numpy() for key, value in total.vectors.items()}
-    return Statistics(layers, vectors, metric, total.samples)
+    inputs = {s.name: total.inputs[s.name].stats(total.samples, total.unit) for s in weights if s.name in total.inputs}
+    return Statistics(layers, vectors, metric, total.samples, inputs=inputs)
 
 
 def _added(total: Sums | None, partials: list[Sums]) -> Sums:
@@ -127,13 +131,15 @@ def _added(total: Sums | None, partials: list[Sums]) -> Sums:
 class _Collector:
     """One copy of the model with its hooks."""
 
-    def __init__(self, model: nn.Module, plan: Plan, run: Run, max_side: int, memory_limit: int) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, run: Run, max_side: int, memory_limit: int, inputs: bool) -> None:
         self.model, self.run = model, run
         modules = dict(model.named_modules(remove_duplicate=False))
         specs = [s for s in plan.specs if isinstance(s, WeightSpec)]
         self.shapes = moment_shapes(specs, max_side, memory_limit)
         self.layers = [Moments(s, self.shapes[s.name]) for s in specs]
         self.recorded, self.others = _recorded(self.layers, modules, max_side)
+        used = [(s.name, {id(m): m for m in (modules[u.module] for u in input_uses(s))}) for s in specs if inputs]
+        self.inputs = [InputRecorder(name, list(found.values())) for name, found in used if found]
         self.vectors = [s for s in plan.specs if isinstance(s, VectorSpec)]
         self.batchnorms = [(s, modules[s.name]) for s in plan.specs if isinstance(s, BatchNormSpec)]
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -147,6 +153,8 @@ class _Collector:
                 layer.reset(index)
             for kind, module, sinks in self.recorded:
                 handles += attach(kind, module, sinks)
+            for recorder in self.inputs:
+                handles += recorder.attach()
             with torch.enable_grad():
                 output = self.run(self.model, batch)
                 resolve(metric, output)
@@ -173,6 +181,7 @@ class _Collector:
             self._vector_gradients(),
             samples,
             unit(output, metric),
+            {r.name: r.sums for r in self.inputs if r.sums is not None},
         )
         for layer in every:
             layer.reset(index)

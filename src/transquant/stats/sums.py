@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from transquant.records import FloatArray, LayerStats, WeightSpec
+from transquant.stats.inputs import InputSums
 from transquant.stats.moments import Shape
 from transquant.stats.shrinkage import centre, cross_validated, mean_moment, outer
 
@@ -32,10 +33,11 @@ class Sums:
     vectors: dict[str, Tensor]
     samples: int
     unit: float
+    inputs: dict[str, InputSums] = field(default_factory=dict)  # histograms, where they are asked for
 
     def add(self, other: Sums) -> None:
         """Add a later micro-batch."""
-        for part in ("columns", "rows", "totals", "positions", "row_squares", "column_squares", "vectors"):
+        for part in ("columns", "rows", "totals", "positions", "row_squares", "column_squares", "vectors", "inputs"):
             mine, theirs = getattr(self, part), getattr(other, part)
             for name, value in theirs.items():
                 if name in mine:
@@ -57,6 +59,7 @@ class Sums:
         return Sums(
             {}, {}, _copy(self.totals), _copy(self.positions), _copy(self.row_squares), _copy(self.column_squares),
             {k: list(v) for k, v in self.energies.items()}, _copy(self.vectors), self.samples, self.unit,
+            {k: v.clone() for k, v in self.inputs.items()},
         )  # fmt: skip
 
     def pieces(self) -> Iterator[Piece]:
