@@ -30,7 +30,7 @@ from networks import cifar10, logits, network
 from pages import insert_table
 from transquant import inference
 
-SHARES = {"resnet20": (0.9, 0.85, 0.8, 0.7), "squeezenet": (0.9, 0.85)}
+SHARES = {"resnet20": (0.9, 0.85, 0.8, 0.75, 0.7), "squeezenet": (0.9, 0.85)}
 BITS, TUNED_SHARE, EPOCHS, BATCH, RATE = 6.0, 0.72, 5, 128, 0.01
 
 
