@@ -163,10 +163,10 @@ def compress(
     such a model may be larger than memory, if it is a path. `effort` 1 or 2: nothing is tuned on held-back samples; 3 to 9: all
     is. From 5 on layers are quantized in execution order at last, each making up for the errors of those before (below 7 on at
     most 512 samples, and not in very large networks). From 6 on biases and BatchNorms learn the float network's outputs at the
-    end, and trellises have 16, 32, 32 and 64 states instead of 8 (64 take three times as long). From 8 on rows are fixed group by group
-    while the others, still float, learn the float network's outputs, where the held-back samples agree (targets in bytes). `forward(model, batch)` and
-    `output(result)` override how a batch is run and what counts. `verify`: measure the closed-form distortion group by group, for
-    the report.
+    end, and trellises have 16, 32, 32 and 64 states instead of 8 (64 take three times as long). From 8 on, for a file
+    of a given size, rows are fixed group by group while the others, still float, learn the float network's outputs: the held-back
+    samples decide whether that is better. `forward(model, batch)` and `output(result)` override how a batch is run and what
+    counts. `verify`: measure the closed-form distortion group by group, for the report.
     `work`: a folder for finished parts (`work.WorkFolder`), from which the same call goes on after it was killed; made if
     there is none, and then deleted at the end. `progress(stage, done, total)` is called as work goes on.
 

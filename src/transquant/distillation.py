@@ -4,9 +4,9 @@
     quantized weights, held ─┴─ distance ─ gradients ─ biases, scales, shifts ─ quantized again
 
 Weights do not learn here (in `progressive.py` they do, as long as they are float): with all of them at once, what they gain on a
-few hundred samples they lose elsewhere. The vectors of a network are few, and their steps fine. Every value learns in units of its vector's step, which the metric has made equally
-important everywhere (Adam: Kingma & Ba, arXiv 1412.6980). Unlabelled samples, the same that the statistics are of. Even vectors
-learn these samples by heart, so only a share of what they learned is kept.
+few hundred samples they lose elsewhere. The vectors of a network are few, and their steps fine. Every value learns in units of its
+vector's step, which the metric has made equally important everywhere (Adam: Kingma & Ba, arXiv 1412.6980). Unlabelled samples,
+the same that the statistics are of. Even vectors learn these samples by heart, so only a share of what they learned is kept.
 """
 
 from __future__ import annotations
@@ -82,9 +82,7 @@ class Teacher:
             with torch.enable_grad():
                 total, count = loss(self._outputs[number], self.run(model, self.batches[number]).float().cpu(), self.metric)
                 found = torch.autograd.grad(total, [parameters[n] for n in names], allow_unused=True)
-        gradients = {
-            n: torch.zeros_like(values[n]) if g is None else g.double().cpu() for n, g in zip(names, found, strict=True)
-        }
+        gradients = {n: torch.zeros_like(values[n]) if g is None else g.double().cpu() for n, g in zip(names, found, strict=True)}
         return gradients, count
 
     def _output(self, batch: Any) -> Tensor:

@@ -3,19 +3,18 @@
     float weights ─┬─ some rows of every weight ─ feedback, trellis ─ fixed ─┐
                    └─ all other rows, vectors ─ learn the float network's outputs ─ some rows of these ─ …
 
-Steps, offsets and the metric are those of a draft, and so is the format. Fixing weights in parts and training the rest is Incremental
-Network Quantization (Zhou et al., ICLR 2017, arXiv 1702.03044). There parts are chosen by magnitude, rounded one by one to powers of
-two, and the rest learns labels for epochs; here rows are drawn at random, go through the error feedback and the trellis as rows
-of whole weights do, and the rest learns the network's own outputs on unlabelled samples in a few hundred small steps. Float
-rows give a gradient that is exact, where one through a quantizer is a guess; and as they become fewer, they have less to learn by heart.
+Steps, offsets and the metric are those of a draft, and the format is the same. Its nearest relative is incremental network
+quantization (Zhou et al. 2017, arXiv 1702.03044), which fixes weights in parts, too, and trains the rest. There parts are chosen by
+magnitude and rounded one by one to powers of two, and the rest learns labels for epochs; here rows are drawn at random and go
+through the error feedback and the trellis, and the rest learns the network's own outputs on unlabelled samples in a few hundred
+small steps. Weights that are float have exact gradients, where one through a quantizer is a guess.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from math import exp, prod
-from typing import Any
+from dataclasses import dataclass
+from math import exp
 
 import numpy as np
 import torch
@@ -64,21 +63,18 @@ def progressive(encoder: Encoder, teacher: Teacher, c: float, choice: Choice, sa
     if not coders:
         return None
     fixed: Fixed | None = encoder.pool.keep(
-        "progressive", lambda: (teacher.fingerprint(), list(encoder.known.items()), c, choice, draft.coded, GROUPS, UPDATES, FINISH),
+        "progressive", lambda: (teacher.fingerprint(), encoder.known, c, choice, draft.coded),
         lambda: _Run(encoder, teacher, draft, coders, say).run(),
     )  # fmt: skip
     if fixed is None:
         return None
-    done = {n: CodedWeight(w, draft.distortions[n], None) for n, w in draft.coded.items() if _is_weight(w)}
+    weights = {name: draft.coded[name] for name in encoder.layers}
+    done = {n: CodedWeight(w, draft.distortions[n], None) for n, w in weights.items() if isinstance(w, CodedTensor)}
     for name, coder in coders.items():
         tensor = coder.whole(fixed.symbols[name])
         error = fixed.targets[name] - dequantized(tensor, draft.step)
         done[name] = CodedWeight(tensor, predicted(error, encoder.layers[name]), None)
     return encoder.revised(fixed.vectors, {}, done).draft(c, choice)
-
-
-def _is_weight(coded: Any) -> bool:
-    return isinstance(coded, CodedTensor) and len(coded.entry.shape) > 1
 
 
 def _coders(encoder: Encoder, draft: Draft, choice: Choice) -> dict[str, RowCoder]:
@@ -113,7 +109,7 @@ class _Run:
 
     def run(self) -> Fixed | None:
         groups = row_groups({name: len(self.symbols[name]) for name in self.coders})
-        rates = {key: VECTOR_RATE for key in self.places} | dict.fromkeys(self.coders, RATE)
+        rates = dict.fromkeys(self.places, VECTOR_RATE) | dict.fromkeys(self.coders, RATE)
         total = GROUPS * UPDATES + FINISH
         for k, group in enumerate(groups):
             self._fix(group, exp(TILT * (0.5 - k / (GROUPS - 1))))

@@ -19,7 +19,7 @@ from transquant.quantizers.feedback import Rounding
 from transquant.quantizers.metric import Factor, factor
 from transquant.quantizers.trellis import SIZES, Trellis
 from transquant.records import CodedTensor, FloatArray, IntArray, LayerStats
-from transquant.weights import dequantized, frame_of, lagrangian, metric_of, quantize_groups, used_basis
+from transquant.weights import dequantized, frame_of, lagrangian, metric_of, quantize_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +60,12 @@ class RowCoder:
     def units(self) -> FloatArray:
         """What a weight moves by in a step, float64 (O, n): its own, or the mean of its row's where coefficients have steps."""
         if self.frame is None:
-            return np.ascontiguousarray(self.sizes)
+            return np.array(self.sizes)
         return np.broadcast_to(np.sqrt((self.sizes**2).mean(1, keepdims=True)), self.sizes.shape).copy()
 
     def code(self, rows: IntArray, target: FloatArray, tilt: float, counts: FloatArray | None) -> CodedRows:
-        """Quantize some rows, int (k,) in ascending order, towards a target float64 (k, n). `tilt`: what a bit costs, relative to its
-        price at c; `counts` of rows before these."""
+        """Quantize some rows, int (k,) in ascending order, towards a target float64 (k, n). `tilt`: what a bit costs, relative to
+        its price at c; `counts` of rows before these."""
         entry, symbols = self.tensor.entry, np.empty(target.shape, np.int32)
         coeffs = target
         if self.frame is not None:
@@ -87,18 +87,18 @@ class RowCoder:
             symbols[mine], _ = quantize_groups(coeffs[mine], sizes, factors, rounding, None, trellis, self.bit * tilt)
             counts = None if trellis is None else trellis.counts
         exponents = self.tensor.row_exponents
+        # columns of the basis that the whole did without are not sent: where a trellis is, symbol 0 has a value, so none come back
         part = replace(
             self.tensor,
             entry=replace(entry, shape=(len(rows), *entry.shape[1:])),
             symbols=symbols,
             row_exponents=None if exponents is None else exponents[rows],
-            basis=None if self.frame is None else self.frame.basis,
         )
         return CodedRows(symbols, dequantized(part, self.step), counts)
 
     def whole(self, symbols: IntArray) -> CodedTensor:
         """The weight with the symbols of all its rows, int32 (O, n)."""
-        return replace(self.tensor, symbols=symbols, basis=used_basis(self.tensor.entry, self.frame, symbols))
+        return replace(self.tensor, symbols=symbols)
 
 
 def by_rows(tensor: CodedTensor, transform: LayerTransform) -> bool:

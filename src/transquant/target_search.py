@@ -76,9 +76,7 @@ class TargetSearch:
             start = self._start(self.target.value)
             self._choose_transforms(self._rough(choice, start), choice)
             choice, start = self._tuned(choice, self.target.value, start)
-            draft, choice = self._refined(*self._meet_bytes(choice, start))
-            better = self._progressed(draft, choice)
-            return self._distilled(draft, choice) if better is None else (better, choice)
+            return self._progressed(*self._distilled(*self._refined(*self._meet_bytes(choice, start))))
         draft = self._meet_quality(choice, self.encoder.first_guess(self.num_values / 4))
         self._choose_transforms(draft.c, choice)
         tuned, start = self._tuned(choice, self.size(draft), draft.c)
@@ -206,27 +204,6 @@ class TargetSearch:
         self.in_order = after < before
         return (refined if self.in_order else draft), choice
 
-    def _progressed(self, draft: Draft, choice: Choice) -> Draft | None:
-        """The same size with rows that were fixed group by group, if it is met and the held-back samples agree that this is better."""
-        if self.teacher is None or self.reference is None or self.effort < PROGRESSIVE_FROM:
-            return None
-        teacher, closest = self.teacher, Closest[Draft](self.target.value)
-
-        def size_of(c: float) -> float:
-            found = progressive(self.encoder, teacher, c, choice, lambda done, total: self.say("progressive quantization", done, total))
-            return self.target.value if found is None else closest.offer(found, self.size(found))
-
-        meet_size(size_of, self.target.value, self.target.slack, draft.c, self.slope, max_steps=PROGRESSIONS)
-        if closest.item is None or not self.target.value - self.target.slack <= closest.size <= self.target.value:
-            _log.info("progressive quantization met no file of the asked size")
-            return None
-        before, after = self._distortion(draft), self._distortion(closest.item)
-        _log.info("measured distortion %.4g, with progressive quantization %.4g", before, after)
-        if after >= before:
-            return None
-        self.progressive, self.in_order = True, False
-        return closest.item
-
     def _distilled(self, draft: Draft, choice: Choice) -> tuple[Draft, Choice]:
         """The same size with vectors that have learned, as far as the held-back samples agree."""
         if self.teacher is None or self.reference is None:
@@ -265,6 +242,28 @@ class TargetSearch:
 
         meet_size(size_of, self.target.value, 0.8 * self.target.slack, draft.c, self.slope, max_steps=RELEARNED)
         return closest.item if self.target.value - self.target.slack <= closest.size <= self.target.value else None
+
+    def _progressed(self, draft: Draft, choice: Choice) -> tuple[Draft, Choice]:
+        """The same size with rows that were fixed group by group, if the held-back samples agree that this is better."""
+        if self.teacher is None or self.reference is None or self.effort < PROGRESSIVE_FROM:
+            return draft, choice
+        teacher, closest = self.teacher, Closest[Draft](self.target.value)
+
+        def size_of(c: float) -> float:
+            found = progressive(self.encoder, teacher, c, choice, lambda done, total: self.say("progressive", done, total))
+            return self.target.value if found is None else closest.offer(found, self.size(found))
+
+        meet_size(size_of, self.target.value, self.target.slack, draft.c, self.slope, max_steps=PROGRESSIONS)
+        found = closest.item
+        if found is None or not self.target.value - self.target.slack <= closest.size <= self.target.value:
+            _log.info("progressive quantization met no file of the asked size")
+            return draft, choice
+        before, after = self._distortion(draft), self._distortion(found)
+        _log.info("measured distortion %.4g, with progressive quantization %.4g", before, after)
+        if after >= before:
+            return draft, choice
+        self.progressive, self.in_order, self.distilled = True, False, False
+        return found, choice
 
     def _meet_quality(self, choice: Choice, start: float, make: Callable[[float, Choice], Draft] | None = None) -> Draft:
         """The coarsest draft within the allowed distortion or drop; `make(c, choice)` makes drafts."""

@@ -135,7 +135,7 @@ def _entropy_coded(
     symbols, decoded = quantize_groups(coeffs, np.broadcast_to(sizes, weight.shape), factors, rounding, None, trellis, bit)
     has = ("r" if plan.row_exponents is not None else "") + ("c" if plan.column_exponents is not None else "")
     entry = replace(entry, qp=plan.qp, recon_offsets=rounding.offsets, groups=has, fold=fold)  # type: ignore[arg-type]
-    return CodedTensor(entry, symbols, plan.row_exponents, plan.column_exponents, used_basis(entry, frame, symbols)), frame, decoded
+    return CodedTensor(entry, symbols, plan.row_exponents, plan.column_exponents, _used(entry, frame, symbols)), frame, decoded
 
 
 def _of_rank(
@@ -230,7 +230,7 @@ def _fixed(
     step_size = np.broadcast_to(layout.per_band(per_band), weight.shape)
     limits = np.broadcast_to(layout.per_band(np.repeat(depths, sizes).astype(np.int8)), weight.shape)
     symbols, decoded = quantize_groups(layout.coded(bands), step_size, factors, Rounding(), limits)
-    basis = used_basis(entry, frame, symbols)
+    basis = _used(entry, frame, symbols)
     if basis is not None and basis_depths is not None:  # no codes for columns that no coefficient needs
         basis_depths = np.where([part.any() for part in np.split(basis, np.cumsum(sizes)[:-1], axis=1)], basis_depths, 0)
     codes = BandCodes(depths, indices, None if basis_depths is None else basis_depths.astype(np.int32))
@@ -315,7 +315,7 @@ def _packed_frame(
     return replace(exact, analysis=inverse(exact.synthesis)), depths
 
 
-def used_basis(entry: CodedEntry, frame: Frame | None, symbols: IntArray) -> IntArray | None:
+def _used(entry: CodedEntry, frame: Frame | None, symbols: IntArray) -> IntArray | None:
     """The basis to send: columns whose band is zero throughout are not needed."""
     if frame is None or frame.basis is None:
         return None
