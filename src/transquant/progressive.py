@@ -114,7 +114,7 @@ class _Run:
         for k, group in enumerate(groups):
             self._fix(group, exp(TILT * (0.5 - k / (GROUPS - 1))))
             last = k == GROUPS - 1
-            wanted = {key: rate for key, rate in rates.items() if not last or key not in self.coders}
+            wanted = dict.fromkeys(self.places, VECTOR_RATE) if last else rates
             self.lesson.learn(FINISH if last else UPDATES, wanted, lambda done, _, k=k: self.say(k * UPDATES + done, total))  # type: ignore[misc]
         if not self.lesson.finite():
             return None
