@@ -64,7 +64,7 @@ def test_a_share_of_what_was_learned_is_that_share(setting):
     for name in changes:
         key = name.replace(".scale", ".weight").replace(".shift", ".bias")
         if key in start:
-            unit = distillation._places(draft)[key][1]
+            unit = distillation.vector_places(draft)[key][1]
             assert float((half[key] - (start[key] + whole[key]) / 2).abs().max()) <= 1.01 * unit
 
 
@@ -96,7 +96,7 @@ def test_gradients_are_those_of_finite_differences(setting, metric):
     teacher.learn({**monkey}, {"bn.bias": 1e-9, "linear.bias": 1e-9}, quiet)  # outputs, and who takes gradients
     values = {"bn.bias": monkey["bn.bias"], "linear.bias": monkey["linear.bias"]}
     # outputs come as float32: differences are taken of the loss in float64
-    gradients, count = teacher._gradients(0, values)
+    gradients, count = teacher.gradients(0, values, list(values))
 
     def total(changed):
         model = make_net().double()
@@ -136,7 +136,7 @@ def test_effort_six_learns_and_threads_do_not_matter(net, images):
 
 def test_vectors_are_found_by_their_keys(setting):
     _, draft, _, _ = setting
-    places = distillation._places(draft)
+    places = distillation.vector_places(draft)
     assert {"bn.weight", "bn.bias", "conv.bias", "norm.weight", "linear.bias"} <= set(places)
     assert places["bn.weight"][0] == "bn.scale"
     shapes = {e.name: bitstream.plane_shapes(e) for e in draft.entries if e.name == "bn"}

@@ -32,6 +32,7 @@ from transquant.entropy.lanes import decode_planes
 from transquant.errors import InputError
 from transquant.guard import unchanged
 from transquant.inputs import load_weights, plan_of
+from transquant.progressive import Fixed
 from transquant.rank_choice import choose_ranks
 from transquant.records import (
     GRAPH,
@@ -74,7 +75,7 @@ M = TypeVar("M", bound=nn.Module)
 STATE_BITS = 3  # log2 of the number of states of a trellis
 MORE_STATE_BITS = {6: 4, 7: 5, 8: 5, 9: 6}  # by effort
 KEPT = (  # what a work folder may hold
-    Statistics, LayerStats, InputStats, CodedWeight, CodedTensor, CodedEntry, BandCodes, ChosenTransform, LayerTransform,
+    Statistics, LayerStats, InputStats, CodedWeight, CodedTensor, CodedEntry, BandCodes, ChosenTransform, LayerTransform, Fixed,
 )  # fmt: skip
 WORTH_THREADS = 1 << 17  # bytes of symbol sections that are decoded in threads
 
@@ -208,9 +209,10 @@ def compress(
     such a model may be larger than memory, if it is a path. `effort` 1 or 2: nothing is tuned on held-back samples; 3 to 9: all
     is. From 5 on layers are quantized in execution order at last, each making up for the errors of those before (below 7 on at
     most 512 samples, and not in very large networks). From 6 on biases and BatchNorms learn the float network's outputs at the
-    end, and trellises have 16, 32, 32 and 64 states instead of 8 (64 take three times as long). `forward(model, batch)` and
-    `output(result)` override how a batch is run and what counts. `verify`: measure the closed-form distortion group by group, for
-    the report.
+    end, and trellises have 16, 32, 32 and 64 states instead of 8 (64 take three times as long). From 8 on, for a file
+    of a given size, rows are fixed group by group while the others, still float, learn the float network's outputs: the held-back
+    samples decide whether that is better. `forward(model, batch)` and `output(result)` override how a batch is run and what
+    counts. `verify`: measure the closed-form distortion group by group, for the report.
     `work`: a folder for finished parts (`work.WorkFolder`), from which the same call goes on after it was killed; made if
     there is none, and then deleted at the end. `progress(stage, done, total)` is called as work goes on.
 
@@ -272,6 +274,7 @@ def compress(
         "effort": effort,
         "choice": choice,
         "in_order": search.in_order,
+        "progressive": search.progressive,
         "distilled": search.distilled,
         "c": draft.c,
         "samples": stats.samples,

@@ -133,6 +133,8 @@ def _text(report: Report) -> str:
         lines += ["", f"  {summary(report.verification)}"]
     if report.settings.get("in_order"):
         lines += ["", "  layers were quantized in execution order, each making up for the errors of those before"]
+    if report.settings.get("progressive"):
+        lines += ["", "  rows were fixed group by group, while the others and the biases learned the float network's outputs"]
     if report.settings.get("distilled"):
         lines += ["", "  biases and BatchNorms have learned the float network's outputs on the calibration samples"]
     if "work" in report.settings:

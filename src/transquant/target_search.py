@@ -15,6 +15,8 @@ from transquant.distillation import SHARES_OF_CHANGE, Teacher, changed, learned_
 from transquant.encoder import Draft, Encoder
 from transquant.errors import InputError, TargetError
 from transquant.grid import on_grid
+from transquant.progressive import FROM as PROGRESSIVE_FROM
+from transquant.progressive import progressive
 from transquant.records import FloatArray
 from transquant.refinement import refine
 from transquant.stats import PairedNetworks, Reference, copy_model
@@ -27,6 +29,7 @@ _log = logging.getLogger("transquant")
 COARSEST = 2.0**100  # a scalar c at which every symbol is zero
 FAITHFUL = Choice(rate=1.0, shrink=1.0)  # where the weights' own error is the metric, theory holds to the letter
 PASSES = 5  # through all layers in execution order, at most, until the size is met
+PROGRESSIONS = 2  # walks through all groups of rows, at most, until the size is met
 RELEARNED = 3  # drafts whose vectors learn, at most, until the size is met
 NEARBY = 0.125  # octaves of c over which the slope of a large model's size is taken
 ROUGH = 0.05  # of the target's size: near enough to choose transforms
@@ -52,6 +55,7 @@ class TargetSearch:
         self.paired = paired  # None: all layers are quantized at once, each for itself
         self.teacher = teacher  # None: vectors do not learn
         self.effort = effort
+        self.progressive = False  # whether rows of the final draft were fixed group by group while the others learned
         self.distilled = False  # whether vectors of the final draft have learned
         self.in_order = paired is not None and target.kind != "bytes"  # whether layers of the final draft were quantized in order
         self.transforms: dict[str, ChosenTransform] = {}
@@ -72,7 +76,7 @@ class TargetSearch:
             start = self._start(self.target.value)
             self._choose_transforms(self._rough(choice, start), choice)
             choice, start = self._tuned(choice, self.target.value, start)
-            return self._distilled(*self._refined(*self._meet_bytes(choice, start)))
+            return self._progressed(*self._distilled(*self._refined(*self._meet_bytes(choice, start))))
         draft = self._meet_quality(choice, self.encoder.first_guess(self.num_values / 4))
         self._choose_transforms(draft.c, choice)
         tuned, start = self._tuned(choice, self.size(draft), draft.c)
@@ -238,6 +242,28 @@ class TargetSearch:
 
         meet_size(size_of, self.target.value, 0.8 * self.target.slack, draft.c, self.slope, max_steps=RELEARNED)
         return closest.item if self.target.value - self.target.slack <= closest.size <= self.target.value else None
+
+    def _progressed(self, draft: Draft, choice: Choice) -> tuple[Draft, Choice]:
+        """The same size with rows that were fixed group by group, if the held-back samples agree that this is better."""
+        if self.teacher is None or self.reference is None or self.effort < PROGRESSIVE_FROM:
+            return draft, choice
+        teacher, closest = self.teacher, Closest[Draft](self.target.value)
+
+        def size_of(c: float) -> float:
+            found = progressive(self.encoder, teacher, c, choice, lambda done, total: self.say("progressive", done, total))
+            return self.target.value if found is None else closest.offer(found, self.size(found))
+
+        meet_size(size_of, self.target.value, self.target.slack, draft.c, self.slope, max_steps=PROGRESSIONS)
+        found = closest.item
+        if found is None or not self.target.value - self.target.slack <= closest.size <= self.target.value:
+            _log.info("progressive quantization met no file of the asked size")
+            return draft, choice
+        before, after = self._distortion(draft), self._distortion(found)
+        _log.info("measured distortion %.4g, with progressive quantization %.4g", before, after)
+        if after >= before:
+            return draft, choice
+        self.progressive, self.in_order, self.distilled = True, False, False
+        return found, choice
 
     def _meet_quality(self, choice: Choice, start: float, make: Callable[[float, Choice], Draft] | None = None) -> Draft:
         """The coarsest draft within the allowed distortion or drop; `make(c, choice)` makes drafts."""

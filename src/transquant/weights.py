@@ -77,9 +77,7 @@ def code_weight(
     transform: LayerTransform, method: Method,
 ) -> CodedWeight:  # fmt: skip
     """Quantize one weight, float64 (O, n), whose `stats` are not all zero. `step`: the global step on the format's grid."""
-    moments = [_live(stats, k) for k in range(len(stats.input_moment))]
-    variance = float(np.mean(weight**2))
-    damped = [_regularised(a, g, variance, choice.level or c, choice.damping) for a, g in moments]
+    moments, damped, variance = metric_of(weight, stats, c, choice)
     coding = "f" if method.coding == "fixed" else "u"
     entry = CodedEntry(spec.name, spec.shape, spec.dtype, transform=transform.kind, axis=transform.axis, coding=coding)  # type: ignore[arg-type]
     part = _fixed if coding == "f" else _of_rank if transform.kept else _entropy_coded
@@ -87,12 +85,24 @@ def code_weight(
     error = weight - (decoded if frame is None else frame.synthesize(decoded))
     del decoded  # matrices are large
     shift = None if stats.input_mean is None else np.zeros((len(moments), len(weight) // len(moments)))
-    distortion = 0.0
     for k, block in enumerate(error.reshape(len(moments), -1, weight.shape[1])):
-        distortion += quadratic_form(block, stats.input_moment[k], stats.output_moment[k])
         if shift is not None and stats.input_mean is not None:
             shift[k] = (block * stats.input_mean[k]).sum(1)
-    return CodedWeight(tensor, distortion, None if shift is None else shift.reshape(-1))
+    return CodedWeight(tensor, predicted(error, stats), None if shift is None else shift.reshape(-1))
+
+
+def metric_of(weight: FloatArray, stats: LayerStats, c: float, choice: Choice) -> tuple[Moments, Moments, float]:
+    """Moments of each group as they are and regularised for scalar c, and the mean square of the weight."""
+    moments = [_live(stats, k) for k in range(len(stats.input_moment))]
+    variance = float(np.mean(weight**2))
+    return moments, [_regularised(a, g, variance, choice.level or c, choice.damping) for a, g in moments], variance
+
+
+def predicted(error: FloatArray, stats: LayerStats) -> float:
+    """Distortion of an error, float64 (O, n), in units of the metric."""
+    pairs = zip(stats.input_moment, stats.output_moment, strict=True)
+    blocks = error.reshape(len(stats.input_moment), -1, error.shape[1])
+    return float(sum(quadratic_form(block, *pair) for block, pair in zip(blocks, pairs, strict=True)))
 
 
 def _entropy_coded(
@@ -100,7 +110,7 @@ def _entropy_coded(
     choice: Choice, transform: LayerTransform, method: Method, foldable: bool = True,
 ) -> tuple[CodedTensor, Frame | None, FloatArray]:  # fmt: skip
     """One step index and half-octave exponents; symbols for the entropy coder."""
-    frame = _frame(entry, weight, damped, transform, c if not method.feedback else None)
+    frame = frame_of(entry, weight, damped, transform, c if not method.feedback else None)
     factors = [_factors(frame, a, g, method.feedback) for a, g in damped]
     plan = matrix_steps(
         np.stack([g.diagonal for _, g in factors]), np.stack([a.diagonal for a, _ in factors]), entry.group_columns,
@@ -122,7 +132,7 @@ def _entropy_coded(
         trellis = Trellis(method.state_bits, entry.rows, entry.columns // fold, magnitude_laws(SIZES))
         entry = replace(entry, coding="t", state_bits=method.state_bits)
     bit = choice.rate * lagrangian(c)
-    symbols, decoded = _quantize_groups(coeffs, np.broadcast_to(sizes, weight.shape), factors, rounding, None, trellis, bit)
+    symbols, decoded = quantize_groups(coeffs, np.broadcast_to(sizes, weight.shape), factors, rounding, None, trellis, bit)
     has = ("r" if plan.row_exponents is not None else "") + ("c" if plan.column_exponents is not None else "")
     entry = replace(entry, qp=plan.qp, recon_offsets=rounding.offsets, groups=has, fold=fold)  # type: ignore[arg-type]
     return CodedTensor(entry, symbols, plan.row_exponents, plan.column_exponents, _used(entry, frame, symbols)), frame, decoded
@@ -219,7 +229,7 @@ def _fixed(
     per_band = per_band if frame is None else per_band / frame.scales
     step_size = np.broadcast_to(layout.per_band(per_band), weight.shape)
     limits = np.broadcast_to(layout.per_band(np.repeat(depths, sizes).astype(np.int8)), weight.shape)
-    symbols, decoded = _quantize_groups(layout.coded(bands), step_size, factors, Rounding(), limits)
+    symbols, decoded = quantize_groups(layout.coded(bands), step_size, factors, Rounding(), limits)
     basis = _used(entry, frame, symbols)
     if basis is not None and basis_depths is not None:  # no codes for columns that no coefficient needs
         basis_depths = np.where([part.any() for part in np.split(basis, np.cumsum(sizes)[:-1], axis=1)], basis_depths, 0)
@@ -257,7 +267,7 @@ def _basis(layout: Layout, weight: FloatArray, damped: Moments, transform: Layer
     return klt(energy) if transform.kind == "k" else elt(energy, sum(band_cost(layout, a, g) for a, g in damped))  # type: ignore[arg-type]
 
 
-def _frame(
+def frame_of(
     entry: CodedEntry, weight: FloatArray, damped: Moments, transform: LayerTransform, open_at: float | None
 ) -> Frame | None:
     """The frame of a transform with an entropy-coded basis; `open_at`: the scalar c of the open loop, else None."""
@@ -328,7 +338,7 @@ def _by_group(values: FloatArray, sizes: Sequence[int]) -> FloatArray:
     return np.array([part.sum() for part in _split(values, sizes)])
 
 
-def _quantize_groups(
+def quantize_groups(
     coeffs: FloatArray, sizes: FloatArray, factors: Sequence[tuple[Factor, Factor]], rounding: Rounding,
     depths: NDArray[np.int8] | None = None, trellis: Trellis | None = None, bit: float = 0.0,
 ) -> tuple[IntArray, FloatArray]:  # fmt: skip

@@ -52,7 +52,9 @@ Coder = Annotated[str, typer.Option(help="adaptive, or static: tables that do no
 Trellis = Annotated[bool, typer.Option("--trellis/--no-trellis", help="Best path of a trellis, or rounding with a dead zone.")]
 Effort = Annotated[
     int,
-    typer.Option(min=1, max=9, help="1, 2: nothing is tuned; from 3 all is; from 5 layers go in order; from 6 vectors learn."),
+    typer.Option(
+        min=1, max=9, help="1, 2: nothing is tuned; from 3 all is; from 5 layers go in order; from 6 vectors learn; 8: rows."
+    ),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Same seed, same file.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]

@@ -30,14 +30,17 @@ class Trellis:
     """The trellis of one tensor while its blocks pass: states of its rows, and the code lengths as they adapt.
 
     `state_bits`: log2 of the number of states; `segment`: columns after which the paths begin again in state 0; `laws`
-    float64 (levels, `SIZES`): what to expect first, probabilities of the magnitudes by context level."""
+    float64 (levels, `SIZES`): what to expect first, probabilities of the magnitudes by context level; `counts`: those of another
+    trellis to go on from instead."""
 
-    def __init__(self, state_bits: int, rows: int, segment: int, laws: FloatArray) -> None:
+    def __init__(self, state_bits: int, rows: int, segment: int, laws: FloatArray, counts: FloatArray | None = None) -> None:
         self.codes, self.num_states, self.segment = TRELLIS_CODES[state_bits], 1 << state_bits, segment
         self.states = np.zeros(rows, np.int64)
         signs = np.array([NEGATIVE, 1 - NEGATIVE])
         down, up = (PRIOR * laws[:, 1:, None] * signs).transpose(2, 0, 1)
         self.counts = np.concatenate([down[:, ::-1], PRIOR * laws[:, :1], up], 1)  # symbols 1 − SIZES … SIZES − 1
+        if counts is not None:
+            self.counts = counts.copy()
         self.bits = np.empty_like(self.counts)
         _code_lengths(self.counts, self.bits)
 

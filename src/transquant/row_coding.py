@@ -1,0 +1,106 @@
+"""Rows of one weight, quantized some at a time: with the steps, offsets and basis that the whole weight has been given.
+
+    target of some rows ─ analyze ─ A, G[rows, rows] ─ feedback, trellis ─ symbols of these rows
+
+What the other rows have lost is not fed back here: whoever quantizes some rows first lets the others learn to make up for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from transquant.choices import Choice, LayerTransform
+from transquant.entropy.tables import magnitude_laws
+from transquant.grid import steps, total_index
+from transquant.quantizers.feedback import Rounding
+from transquant.quantizers.metric import Factor, factor
+from transquant.quantizers.trellis import SIZES, Trellis
+from transquant.records import CodedTensor, FloatArray, IntArray, LayerStats
+from transquant.weights import dequantized, frame_of, lagrangian, metric_of, quantize_groups
+
+
+@dataclass(frozen=True, slots=True)
+class CodedRows:
+    """Symbols int32 (k, n) of some rows and their values as a reader will give them, float64 (k, n); `counts`: what the trellis
+    has learned of code lengths, for the rows to come."""
+
+    symbols: IntArray
+    values: FloatArray
+    counts: FloatArray | None
+
+
+class RowCoder:
+    """Quantizes rows of one weight: those of `tensor`, float64 (O, n) `weight` quantized as a whole with scalar c and the same
+    `choice` and `transform`, whose entry, exponents and basis it takes over."""
+
+    def __init__(
+        self, tensor: CodedTensor, weight: FloatArray, stats: LayerStats, c: float, step: tuple[int, int], choice: Choice,
+        transform: LayerTransform,
+    ) -> None:  # fmt: skip
+        self.tensor, self.step, self.choice, self.bit = tensor, step, choice, choice.rate * lagrangian(c)
+        entry = tensor.entry
+        _, damped, _ = metric_of(weight, stats, c, choice)
+        self.output_moments = [g for _, g in damped]
+        self.frame = frame_of(entry, weight, damped, transform, None)
+        self._input_moments = [a if self.frame is None else self.frame.column_moment(a) for a, _ in damped]
+        indices = total_index(entry.qp, tensor.row_exponents, tensor.column_exponents, entry.group_columns)
+        sizes = steps(step, indices)
+        if self.frame is not None:
+            sizes = sizes / self.frame.layout.per_band(self.frame.scales)
+        self.sizes = np.broadcast_to(sizes, weight.shape)
+
+    @cached_property
+    def _input_factors(self) -> list[Factor]:
+        return [factor(a, upper=True) for a in self._input_moments]
+
+    @property
+    def units(self) -> FloatArray:
+        """What a weight moves by in a step, float64 (O, n): its own, or the mean of its row's where coefficients have steps."""
+        if self.frame is None:
+            return np.array(self.sizes)
+        return np.broadcast_to(np.sqrt((self.sizes**2).mean(1, keepdims=True)), self.sizes.shape).copy()
+
+    def code(self, rows: IntArray, target: FloatArray, tilt: float, counts: FloatArray | None) -> CodedRows:
+        """Quantize some rows, int (k,) in ascending order, towards a target float64 (k, n). `tilt`: what a bit costs, relative to
+        its price at c; `counts` of rows before these."""
+        entry, symbols = self.tensor.entry, np.empty(target.shape, np.int32)
+        coeffs = target
+        if self.frame is not None:
+            coeffs = replace(self.frame, layout=replace(self.frame.layout, rows=len(rows))).analyze(target)
+        rounding = self.choice.rounding()
+        if entry.coding == "t":
+            rounding = Rounding(offsets=entry.recon_offsets)
+        height = entry.rows // len(self.output_moments)
+        for group, moment in enumerate(self.output_moments):
+            mine = np.flatnonzero(rows // height == group)
+            if not len(mine):
+                continue
+            own, trellis = rows[mine] - group * height, None
+            if entry.coding == "t":
+                trellis = Trellis(entry.state_bits, len(mine), entry.columns // entry.fold, magnitude_laws(SIZES), counts)
+            left = factor(moment[own] if moment.ndim == 1 else np.ascontiguousarray(moment[np.ix_(own, own)]))
+            factors = [(self._input_factors[group], left)]
+            sizes = np.ascontiguousarray(self.sizes[rows[mine]])
+            symbols[mine], _ = quantize_groups(coeffs[mine], sizes, factors, rounding, None, trellis, self.bit * tilt)
+            counts = None if trellis is None else trellis.counts
+        exponents = self.tensor.row_exponents
+        # columns of the basis that the whole did without are not sent: where a trellis is, symbol 0 has a value, so none come back
+        part = replace(
+            self.tensor,
+            entry=replace(entry, shape=(len(rows), *entry.shape[1:])),
+            symbols=symbols,
+            row_exponents=None if exponents is None else exponents[rows],
+        )
+        return CodedRows(symbols, dequantized(part, self.step), counts)
+
+    def whole(self, symbols: IntArray) -> CodedTensor:
+        """The weight with the symbols of all its rows, int32 (O, n)."""
+        return replace(self.tensor, symbols=symbols)
+
+
+def by_rows(tensor: CodedTensor, transform: LayerTransform) -> bool:
+    """Whether rows of a coded weight can be quantized some at a time."""
+    return tensor.codes is None and transform.axis != "r" and not transform.kept
