@@ -6,7 +6,7 @@
 
 ResNet-20: calibrated on 2,048 training images, scored once on all 10,000 test images. SqueezeNet and MobileNetV1: two folds
 of the 1,000 sample images, calibrated on one half and scored on the other; mean of both folds. Character network: calibrated
-on the first tenth of the text, scored on 64 rows from its middle, bits a character. "plain" is rounding to nearest with one
+on 2,048 rows from all of the text but its middle, scored on 64 rows of that, bits a character. "plain" is rounding to nearest with one
 step a tensor, proportional to its root mean square, in the same file format and entropy coder.
 Writes benchmarks/main_job.json, the tables in README.md and docs/method.md, and the picture docs/rate_distortion.png.
 """
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 import transquant as tq
-from networks import WARM_UP, after_warm_up, characters, cifar10, imagenet_sample, logits, network
+from networks import WARM_UP, after_warm_up, characters, characters_around, cifar10, imagenet_sample, logits, network
 from pages import ROOT, insert_table
 from transquant.plots import write_curve
 
@@ -47,7 +47,7 @@ def folds(name: str) -> list[Fold]:
         return [(images, *cifar10("test"))]
     if name == "charrnn":
         rows = characters(0.5, 64)
-        return [(characters(0.0, last=0.1)[:, :-1], rows[:, :-1], rows[:, WARM_UP + 1 :])]
+        return [(characters_around(0.5, 64, 2048)[:, :-1], rows[:, :-1], rows[:, WARM_UP + 1 :])]
     images, labels = imagenet_sample("torch" if name == "squeezenet" else "tf")
     even, odd = slice(0, None, 2), slice(1, None, 2)
     return [(images[even], images[odd], labels[odd]), (images[odd], images[even], labels[even])]

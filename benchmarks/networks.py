@@ -241,6 +241,14 @@ def characters(first: float, count: int | None = None, last: float = 1.0) -> Ten
     return torch.tensor([vocabulary[c] for c in text[begin : begin + rows * ROW]]).view(rows, ROW)
 
 
+def characters_around(first: float, count: int, wanted: int) -> Tensor:
+    """Rows (wanted, 401), spread over the text, that are none of `characters(first, count)` nor within two rows of them."""
+    rows = characters(0.0)
+    begin = int(first * len(rows))
+    kept = torch.tensor([k for k in range(len(rows)) if not begin - 3 <= k <= begin + count + 3])
+    return rows[kept[torch.linspace(0, len(kept) - 1, wanted).long()]]
+
+
 def after_warm_up(logits: Tensor) -> Tensor:
     """Of logits (N, T, V), those that count: for `compress(output=)`."""
     return logits[:, WARM_UP:]
