@@ -6,8 +6,8 @@
 
 ResNet-20: calibrated on 2,048 training images, scored once on all 10,000 test images. SqueezeNet and MobileNetV1: two folds
 of the 1,000 sample images, calibrated on one half and scored on the other; mean of both folds. Character network: calibrated
-on 2,048 rows from all of the text but its middle, scored on 64 rows of that, bits a character. "plain" is rounding to nearest with one
-step a tensor, proportional to its root mean square, in the same file format and entropy coder.
+on 2,048 rows from all of the text but its middle, scored on 64 rows of that, bits a character. "plain" is rounding to nearest
+with one step a tensor, proportional to its root mean square, in the same file format and entropy coder.
 Writes benchmarks/main_job.json, the tables in README.md and docs/method.md, and the picture docs/rate_distortion.png.
 """
 
