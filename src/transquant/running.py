@@ -27,14 +27,25 @@ from transquant.dequantizer import dequantize
 from transquant.entropy.lanes import decode_planes
 from transquant.errors import InputError
 from transquant.modules.kinds import kind_of, place
-from transquant.records import Activation, AliasEntry, Coded, CodedEntry, CodedTensor, Container, FloatArray, is_packed
+from transquant.records import (
+    Activation,
+    AliasEntry,
+    BatchNormEntry,
+    Coded,
+    CodedEntry,
+    CodedTensor,
+    Container,
+    Entry,
+    FloatArray,
+    is_packed,
+)
 from transquant.stats.inputs import takes_input
 from transquant.transforms.exact import dct_basis
 from transquant.unpacker import read_codes
 
 M = TypeVar("M", bound=nn.Module)
 MODES = ("float", "transform", "packed", "lazy", "activations", "int8")
-KEPT_LAYERS = 3  # lazy weights may take as much as the largest ones do in float, or as decoding a section takes anyway
+KEPT_LAYERS = 3  # what is in memory beside the file may take as much as the largest ones do in float, or as decoding a section does
 
 
 @dataclass(slots=True)
@@ -256,7 +267,8 @@ def _lazy(container: Container, how: Installed, memory: int | None) -> dict[str,
     if memory is None:
         sections = [list(_weights(p).values()) for p in of_symbols]
         taken = [sum(4 * prod(e.shape) for e in own) + max(map(_bytes, own), default=0) for own in sections]
-        memory = max(sum(sorted(map(_bytes, entries.values()))[-KEPT_LAYERS:]), *taken, 0)
+        small = sum(_bytes(e) for e in container.entries if e.name not in entries)
+        memory = max(sum(sorted(map(_bytes, entries.values()))[-KEPT_LAYERS:]) - small, *taken, 0)
     how.coded_bytes = sum(len(data) for _, data in codes.values()) + sum(len(p.sections[0].data) for p in of_symbols)
 
     def produce(name: str) -> tuple[int, Iterator[tuple[str, Tensor, int]]]:
@@ -311,5 +323,8 @@ def _weights(container: Container) -> dict[str, CodedEntry]:
     return {e.name: e for e in container.entries if isinstance(e, CodedEntry) and len(e.shape) > 1}
 
 
-def _bytes(entry: CodedEntry) -> int:
-    return prod(entry.shape) * DTYPES[entry.dtype].size
+def _bytes(entry: Entry) -> int:
+    """Bytes of the tensors that an entry stands for; none of an alias."""
+    if isinstance(entry, BatchNormEntry):
+        return 4 * entry.channels * DTYPES[entry.dtype].size
+    return 0 if isinstance(entry, AliasEntry) else prod(entry.shape) * DTYPES[entry.dtype].size
