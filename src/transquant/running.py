@@ -132,7 +132,7 @@ def _replaced(model: M, owners: Mapping[str, nn.Module], paths: list[str], made:
         if not path:
             return made  # type: ignore[return-value]
         parent, _, child = path.rpartition(".")
-        setattr(owners[parent], child, made)
+        owners[parent].add_module(child, made)
     return model
 
 

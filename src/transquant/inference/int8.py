@@ -74,7 +74,7 @@ class Int8Layer(nn.Module):
         super().__init__()
         for name, value in vars(layer).items():
             if not name.startswith("_") and name != "training":
-                setattr(self, name, value)
+                self.__dict__[name] = value
         self.how, self._kernel = how, CONVOLUTIONS.get(type(layer), LINEAR)
         self._channel = 1 if type(layer).__name__ == "Conv1D" and hasattr(layer, "nf") else 0
         self.register_buffer("weight_codes", integers)

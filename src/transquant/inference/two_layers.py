@@ -49,7 +49,7 @@ class TransformDomain(nn.Module):
         super().__init__()
         for name, value in vars(layer).items():
             if not name.startswith("_") and name != "training":
-                setattr(self, name, value)
+                self.__dict__[name] = value
         self.first, self.second = pair.first, pair.second
         self._main, self._equation, self._shapes, self._shape, self.kept = pair.main, pair.equation, pair.shapes, shape, kept
         self.train(layer.training)
