@@ -149,7 +149,9 @@ def test_lazy_weights_stay_below_their_limit(tmp_path, monkeypatch):
         cache = running.installed(installed).cache
         assert cache.resident <= (3 * layer if memory is None else memory)
         if memory is None:
-            assert running.weight_bytes(installed, peak=True) <= len(compressed.data) + 3 * layer + 4 * 6 * 192  # a section takes as much
+            assert (
+                running.weight_bytes(installed, peak=True) <= len(compressed.data) + 3 * layer + 4 * 6 * 192
+            )  # a section takes as much
         batches.append(cache.batches)
     assert batches == [9, 9, 18, 3, 18]  # sections that were decoded in three runs
 

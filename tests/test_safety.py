@@ -53,8 +53,11 @@ def test_nothing_that_runs_what_a_file_says():
                 )  # one call of the C library, without arguments of anybody's
                 assert not names & FORBIDDEN_MODULES - allowed, path
         for name, node in calls(tree):
-            assert name not in FORBIDDEN_CALLS, (path, name)
             keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
+            if path == Path("modules/files.py") and keywords.get("weights_only") == "True":
+                assert name == "torch.load"  # state dicts from a user's own file, as data: never for compressed files
+                continue
+            assert name not in FORBIDDEN_CALLS, (path, name)
             assert keywords.get("allow_pickle", "False") == "False", path
             assert "shell" not in keywords, path
             if name.endswith(("np.load", "numpy.load")):
