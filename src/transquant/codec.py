@@ -120,7 +120,7 @@ class CompressedModel:
         tensors themselves. `running.weight_bytes(model)` says what is in memory.
 
         Raises InputError where the weights do not fit or the file has nothing to run in this mode."""
-        limit = None if memory is None else parse_size(memory)
+        limit = None if memory is None else parse_size(memory, "memory")
         return run_as(model, read_container(self.data, self.limits), self.state_dict, mode, limit)
 
     def export_onnx(
@@ -225,8 +225,11 @@ def compress(
     """
     _check_options(metric, objective, macs, effort, seed)
     method = _method(transform, axis, coding, coder, feedback, trellis, effort)
-    if macs is not None and (transform != "auto" or coding != "entropy" or not feedback or calibration is None):
-        raise InputError("objective 'macs' needs calibration data, transform 'auto', coding 'entropy' and feedback")
+    plain = transform == "auto" and coding == "entropy" and feedback
+    if macs is not None and not (plain and calibration is not None and metric != "weights"):
+        raise InputError(
+            "objective 'macs' needs calibration data, a metric of the output, transform 'auto', coding 'entropy' and feedback"
+        )
     if macs is not None:  # any other transform would cost some
         method = replace(method, transform="identity")
     say = progress or (lambda stage, done, total: None)
@@ -358,6 +361,8 @@ def _check_options(metric: str, objective: str, macs: float | None, effort: int,
         raise InputError(f"metric is {metric!r}, allowed are 'auto', {', '.join(map(repr, METRICS))}")
     if objective not in ("bytes", "macs"):
         raise InputError(f"objective is {objective!r}, allowed are 'bytes', 'macs'")
+    if macs is not None and (isinstance(macs, bool) or not isinstance(macs, int | float) or not 0 < macs <= 1):
+        raise InputError(f"macs is {macs!r}, allowed are shares of the network's multiply–adds above 0, up to 1")
     if (objective == "macs") != (macs is not None):
         raise InputError(
             f"objective is {objective!r} and macs is {macs!r}: give both objective='macs' and macs=0.9, say, or neither"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from transquant.choices import Axis, LayerTransform
-from transquant.errors import InputError, TargetError
+from transquant.errors import TargetError
 from transquant.inference import Calls
 from transquant.quantizers.metric import quadratic_form
 from transquant.records import MAX_BANDS, FloatArray, LayerStats, Plan, WeightSpec
@@ -39,9 +39,7 @@ def choose_ranks(
     """The layers that keep few bands, by weight, such that the network takes at most `share` of its multiply–adds, and the share it
     takes. `calls` by path of module.
 
-    Raises InputError where `share` is none, TargetError where no ranks are small enough."""
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-        raise InputError(f"macs is {share!r}, allowed are shares of the network's multiply–adds above 0, up to 1")
+    Raises TargetError where no ranks are small enough."""
     total = sum(c.macs for c in calls.values())
     specs = [s for s in plan.specs if isinstance(s, WeightSpec) and _can(s, layers[s.name], calls)]
     ranks = {s.name: _ranks(s, values[s.name], layers[s.name], calls[s.module or ""]) for s in specs}
@@ -72,9 +70,8 @@ def _ranks(spec: WeightSpec, weight: FloatArray, stats: LayerStats, calls: Calls
     for axis in axes:
         layout = Layout(axis, rows, channels, taps)
         a_band = calls.outputs * (columns + rows) if axis == "r" else calls.inputs * channels + calls.outputs * rows * taps
-        most = min(int((calls.macs - 1) // a_band), len(layout.bands(weight)) - 1)
         basis, left = ranked(layout, weight, a, g)
-        most = min(most, basis.shape[1])
+        most = min(int((calls.macs - 1) // a_band), (rows if axis == "r" else channels) - 1, basis.shape[1])
         for kept in np.unique(np.linspace(1, most, min(most, MOST_RANKS)).astype(int)) if most > 0 else ():
             if axis == "r":
                 distortion = float(left[kept]) if kept < len(left) else 0.0

@@ -28,6 +28,7 @@ from transquant.entropy.lanes import decode_planes
 from transquant.errors import InputError
 from transquant.modules.kinds import kind_of, place
 from transquant.records import (
+    GRAPH,
     Activation,
     AliasEntry,
     BatchNormEntry,
@@ -209,9 +210,12 @@ def _put_on_demand(model: nn.Module, container: Container, sources: Mapping[str,
     """Put small tensors, and weights without a source, into a model, and sources in place of the others."""
     aliases = bitstream.decoded_aliases(container)
     sources = {**sources, **{name: sources[of] for name, of in aliases.items() if of in sources}}
+    for name, _ in model.named_buffers(remove_duplicate=False):  # of a state dict all matrices are coded; buffers stay tensors
+        sources.pop(name, None)
     entries = _weights(container)
     placeholders = {n: torch.empty(entries[aliases.get(n, n)].shape, device="meta") for n in sources}
     small = _small(container, sources)
+    small.pop(GRAPH, None)
     modules.check(model, {**small, **placeholders})
     modules.load(model, small)
     inference.put_on_demand(model, sources)

@@ -59,14 +59,14 @@ def parse_target(plan: Plan, given: dict[str, Any]) -> Target:
     return Target("bytes", size)
 
 
-def parse_size(value: Any) -> int:
+def parse_size(value: Any, what: str = "size") -> int:
     """Bytes from an integer or a text such as "64KB" (64,000) or "64KiB" (65,536). Raises InputError."""
     if isinstance(value, str):
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", value)
         if not match or match[2].lower() not in _UNITS:
-            raise InputError(f"size is {value!r}, allowed are bytes or texts such as '64KB', '64KiB', '1.5MB'")
+            raise InputError(f"{what} is {value!r}, allowed are bytes or texts such as '64KB', '64KiB', '1.5MB'")
         value = int(float(match[1]) * _UNITS[match[2].lower()])
-    return int(_positive(value, "size"))
+    return int(_positive(value, what))
 
 
 def _positive(value: Any, what: str, zero: bool = False) -> float:

@@ -62,7 +62,7 @@ Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress, errors 
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="More log; tracebacks.")]
 Force = Annotated[bool, typer.Option("-f", "--force", help="Overwrite an existing output.")]
 File = Annotated[Path, typer.Argument(help="A compressed file.")]
-Mode = Annotated[str, typer.Option(help="How the network runs: float, transform, packed or lazy.")]
+Mode = Annotated[str, typer.Option(help="How it runs: float, transform, packed, lazy, activations, int8.")]
 
 
 def _output(path: Path, force: bool, *inputs: str | Path | None) -> Path:

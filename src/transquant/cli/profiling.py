@@ -12,7 +12,7 @@ from transquant.cli.calibration import Data
 from transquant.codec import CompressedModel, load
 from transquant.errors import InputError
 from transquant.inference import measure
-from transquant.modules import batches_of, run_batch
+from transquant.modules import batches_of, num_samples, run_batch
 from transquant.running import installed, weight_bytes
 
 
@@ -24,11 +24,11 @@ def profile_file(file: Path, model: nn.Module | Any, data: Data, mode: str, memo
     model.eval()
     net = compressed.install(copy.deepcopy(model), mode=mode, memory=memory)
     batch = batches_of(data.batches)[0]
-    costs = measure({"float": model, mode: net}, batch, run_batch, {"float": weight_bytes(model), mode: 0}, repeats)
-    before, after = costs["float"], costs[mode]
+    costs = measure({"before": model, "after": net}, batch, run_batch, {"before": weight_bytes(model), "after": 0}, repeats)
+    before, after = costs["before"], costs["after"]
     return {
         "file": str(file), "mode": mode, "file_bytes": len(compressed.data),
-        "batch": len(batch) if hasattr(batch, "__len__") else 1,
+        "batch": num_samples(batch),
         "macs": after.macs, "float_macs": before.macs,
         "weight_bytes": weight_bytes(net), "peak_weight_bytes": weight_bytes(net, True), "float_weight_bytes": before.weight_bytes,
         "milliseconds": after.milliseconds, "float_milliseconds": before.milliseconds,

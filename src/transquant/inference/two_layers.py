@@ -91,6 +91,8 @@ def two_layers(layer: nn.Module, kind: str, entry: CodedEntry, coeffs: Matrix, b
         return f"layers of kind {kind} have no form of two layers"
     if kind != "conv1d_hf" and not type(layer).__module__.startswith("torch.nn.modules."):
         return f"{type(layer).__name__} runs its weight in a way of its own"
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+        return "it has hooks"
     scale = 2.0 ** -np.round(np.log2(np.maximum(np.linalg.norm(basis, axis=0), 1e-300)))  # exact
     bands = _by_band(entry, coeffs)
     kept = np.flatnonzero((np.abs(basis).max(0) > 0) & (np.abs(bands).reshape(len(bands), -1).max(1, initial=0) > 0))
