@@ -31,7 +31,7 @@ from torch import Tensor, nn
 import transquant as tq
 from networks import network
 from transquant.export import export_module
-from zoo import IMAGES, declare_vision_ops, waves
+from zoo import IMAGES, declare_vision_ops, scramble, waves
 
 BITS = 6.0
 BOUND = 1e-4  # of the float file
@@ -48,15 +48,10 @@ def trained(name: str) -> tuple[nn.Module, Any]:
 
 
 @torch.no_grad()
-def scramble(model: nn.Module) -> None:
+def disguise(model: nn.Module) -> None:
     """Normalisations that begin at one and zero, and branches that begin cut off, would hide what an export does to them."""
+    scramble(model)
     for module in model.modules():
-        norm = "Norm" in type(module).__name__
-        for name, parameter in module.named_parameters(recurse=False):
-            if (norm and name == "weight") or name == "gamma":
-                parameter.uniform_(0.5, 1.5)
-            elif norm and name == "bias":
-                parameter.normal_(0, 0.1)
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 2)
@@ -68,7 +63,7 @@ def image_network(name: str) -> tuple[nn.Module, Any]:
 
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
-    scramble(model)
+    disguise(model)
     return model, waves(3, (IMAGES[name],) * 2, 3, 1)
 
 

@@ -1,12 +1,10 @@
-"""Multiply–adds against score: objective="macs" on real networks, run in the transform domain; and what tuning gives back.
+"""Multiply–adds against score: objective="macs" on real networks, run in the transform domain, without any training.
 
     python benchmarks/macs.py                    # everything; resumes where it stopped
     python benchmarks/macs.py resnet20 --fresh
-    python benchmarks/macs.py --tune             # ResNet-20 with few bands tuned on the training images, about ten minutes
     python benchmarks/macs.py --latency          # times of the rows that there are, on a machine that does nothing else
 
-Files of 6 bits a parameter at default effort. Calibration and test data as in main_job.py. Tuning: the two thin layers and all
-else of the installed model, 5 epochs of SGD on the 50,000 training images, outputs of the float network as targets.
+Files of 6 bits a parameter at default effort. Calibration and test data as in main_job.py.
 Writes benchmarks/macs.json and the table in docs/running.md.
 """
 
@@ -26,12 +24,12 @@ from torch import Tensor, nn
 
 import transquant as tq
 from main_job import TITLES, folds, score
-from networks import cifar10, logits, network
+from networks import logits, network
 from pages import insert_table
 from transquant import inference
 
 SHARES = {"resnet20": (0.9, 0.85, 0.8, 0.75, 0.7), "squeezenet": (0.9, 0.85)}
-BITS, TUNED_SHARE, EPOCHS, BATCH, RATE = 6.0, 0.72, 5, 128, 0.01
+BITS = 6.0
 
 
 def run(model: nn.Module, batch: Tensor) -> Tensor:
@@ -39,23 +37,20 @@ def run(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 def compressed(name: str, share: float, calibration: Tensor) -> tq.CompressedModel:
-    how: dict[str, Any] = {"objective": "macs", "macs": share} if share < 1 else {"transform": "identity"}
-    return tq.compress(network(name), calibration, bits=BITS, **how)
+    return tq.compress(network(name), calibration, bits=BITS, objective="macs", macs=share)
 
 
 def macs(model: nn.Module, images: Tensor) -> int:
     return sum(inference.count_macs(model, images[:1], run).values())
 
 
-def row(name: str, share: float, tune: bool) -> dict[str, Any]:
+def row(name: str, share: float) -> dict[str, Any]:
     model = network(name)
     drops, divergences, shares, sizes = [], [], [], []
     start = time.perf_counter()
     for calibration, images, labels in folds(name):
         file = compressed(name, share, calibration)
         installed = file.install(copy.deepcopy(model), mode="transform")
-        if tune:
-            tuned(installed, model)
         drop, divergence = score(installed.eval(), logits(model, images, 100), images, labels)
         drops.append(drop)
         divergences.append(divergence)
@@ -63,53 +58,22 @@ def row(name: str, share: float, tune: bool) -> dict[str, Any]:
         sizes.append(len(file.data))
     drop = 100 * torch.cat(drops)
     return {
-        "network": name, "asked": share, "tuned": tune, "macs": sum(shares) / len(shares), "drop": drop.mean().item(),
+        "network": name, "asked": share, "macs": sum(shares) / len(shares), "drop": drop.mean().item(),
         "standard_error": drop.std().item() / len(drop) ** 0.5, "kl": sum(divergences) / len(divergences),
         "file_bytes": sum(sizes) / len(sizes), "seconds": time.perf_counter() - start,
     }  # fmt: skip
 
 
-def tuned(student: nn.Module, teacher: nn.Module) -> None:
-    """Five epochs on augmented training images, towards the float network's outputs."""
-    images, labels = cifar10("train")
-    torch.manual_seed(0)
-    optimizer = torch.optim.SGD(student.parameters(), RATE, momentum=0.9, nesterov=True, weight_decay=1e-4)
-    steps = EPOCHS * (len(images) // BATCH)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    student.to(memory_format=torch.channels_last).train()
-    padded = nn.functional.pad(images, (4, 4, 4, 4))
-    for epoch in range(EPOCHS):
-        order = torch.randperm(len(images))
-        for part in order[: len(images) // BATCH * BATCH].split(BATCH):
-            y, x = torch.randint(0, 9, (2,)).tolist()
-            batch = padded[part, :, y : y + 32, x : x + 32]
-            batch = (batch.flip(3) if torch.rand(()) < 0.5 else batch).contiguous(memory_format=torch.channels_last)
-            with torch.autocast("cpu", torch.bfloat16):
-                with torch.no_grad():
-                    target = teacher(batch).float().softmax(1)
-                loss = nn.functional.cross_entropy(student(batch).float(), 0.7 * target + 0.3 * one_hot(labels[part]))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        print(f"epoch {epoch + 1}: loss {loss.item():.4f}", file=sys.stderr, flush=True)
-
-
-def one_hot(labels: Tensor) -> Tensor:
-    return nn.functional.one_hot(labels, 10).float()
-
-
 def latency(rows: list[dict[str, Any]]) -> None:
     """Paired medians, float and two thin layers taking turns; the weights' values do not matter, so those of few samples do."""
     for one in rows:
-        if one["asked"] < 1:
-            calibration, images, _ = folds(one["network"])[0]
-            how: dict[str, Any] = {"objective": "macs", "macs": one["asked"], "effort": 1}
-            model = network(one["network"])
-            installed = tq.compress(model, calibration[:256], bits=BITS, **how).install(copy.deepcopy(model), mode="transform")
-            for batch in (1, 32):
-                costs = inference.measure({"float": model, "thin": installed}, images[:batch], run, {"float": 0, "thin": 0}, 40)
-                one[f"latency_{batch}"] = costs["thin"].milliseconds / costs["float"].milliseconds
+        calibration, images, _ = folds(one["network"])[0]
+        model = network(one["network"])
+        file = tq.compress(model, calibration[:256], bits=BITS, effort=1, objective="macs", macs=one["asked"])
+        installed = file.install(copy.deepcopy(model), mode="transform")
+        for batch in (1, 32):
+            costs = inference.measure({"float": model, "thin": installed}, images[:batch], run, {"float": 0, "thin": 0}, 40)
+            one[f"latency_{batch}"] = costs["thin"].milliseconds / costs["float"].milliseconds
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -119,9 +83,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for one in rows:
         times = [f"{one[k]:.2f}" if k in one else "–" for k in ("latency_1", "latency_32")]
-        tuned = ", tuned" if one["tuned"] else ""
         lines.append(
-            f"| {TITLES[one['network']]}{tuned} | {one['macs']:.3f} | {one['drop']:.2f} ± {one['standard_error']:.2f} | "
+            f"| {TITLES[one['network']]} | {one['macs']:.3f} | {one['drop']:.2f} ± {one['standard_error']:.2f} | "
             f"{one['kl']:.4f} | {one['file_bytes']:,.0f} | {' | '.join(times)} |"
         )
     return (
@@ -133,20 +96,20 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", default=[])
-    for flag in ("--fresh", "--tune", "--latency"):
+    for flag in ("--fresh", "--latency"):
         parser.add_argument(flag, action="store_true")
     arguments = parser.parse_args()
     path = Path(__file__).with_suffix(".json")
     known = lambda: json.loads(path.read_text())["rows"] if path.exists() else []  # noqa: E731
-    asked = [(n, s, False) for n in arguments.networks or SHARES for s in SHARES[n]]
-    asked = [("resnet20", TUNED_SHARE, True)] if arguments.tune else [] if arguments.latency else asked
+    asked = [(n, s) for n in arguments.networks or SHARES for s in SHARES[n]]
+    asked = [] if arguments.latency else asked
     for key in asked:
         rows = known()
-        if any((r["network"], r["asked"], r["tuned"]) == key for r in rows) and not arguments.fresh:
+        if any((r["network"], r["asked"]) == key for r in rows) and not arguments.fresh:
             continue
         made = row(*key)
         print(json.dumps(made), file=sys.stderr, flush=True)
-        rows = [r for r in known() if (r["network"], r["asked"], r["tuned"]) != key] + [made]
+        rows = [r for r in known() if (r["network"], r["asked"]) != key] + [made]
         save(path, rows)
     if arguments.latency:
         rows = known()
@@ -157,7 +120,7 @@ def main() -> None:
 
 
 def save(path: Path, rows: list[dict[str, Any]]) -> None:
-    rows.sort(key=lambda r: (list(SHARES).index(r["network"]), r["tuned"], -r["asked"]))
+    rows.sort(key=lambda r: (list(SHARES).index(r["network"]), -r["asked"]))
     machine = {"processor": platform.machine(), "torch": torch.__version__, "threads": torch.get_num_threads()}
     path.write_text(json.dumps({"command": "python benchmarks/macs.py", "machine": machine, "rows": rows}, indent=1) + "\n")
 

@@ -102,9 +102,8 @@ def ordinary(model: nn.Module, inputs: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def wake(model: nn.Module, inputs: Tensor, head: nn.Module) -> Tensor:
-    """Make random weights answer to their inputs, as the module's first lines say; `head` is what scales the logits. The
-    inputs that are ordinary."""
+def scramble(model: nn.Module) -> None:
+    """Scales and shifts of normalisations, and scales of branches, that are not ones and zeros."""
     for module in model.modules():
         norm = "Norm" in type(module).__name__
         for name, parameter in module.named_parameters(recurse=False):
@@ -112,6 +111,14 @@ def wake(model: nn.Module, inputs: Tensor, head: nn.Module) -> Tensor:
                 parameter.uniform_(0.5, 1.5)
             elif norm and name == "bias":
                 parameter.normal_(0, 0.1)
+
+
+@torch.no_grad()
+def wake(model: nn.Module, inputs: Tensor, head: nn.Module) -> Tensor:
+    """Make random weights answer to their inputs, as the module's first lines say; `head` is what scales the logits. The
+    inputs that are ordinary."""
+    scramble(model)
+    for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.momentum = None  # the plain mean over all batches
             module.reset_running_stats()

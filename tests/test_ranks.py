@@ -179,5 +179,7 @@ def test_what_cannot_be_asked_for(net):
         tq.compress(model, samples, bits=6.0, macs=0.5)
     with pytest.raises(InputError, match="needs calibration data"):
         tq.compress(model, bits=6.0, objective="macs", macs=0.5)
+    with pytest.raises(InputError, match="a metric of the output"):
+        tq.compress(model, samples, bits=6.0, objective="macs", macs=0.5, metric="weights")
     with pytest.raises(InputError, match="transform 'auto'"):
         tq.compress(model, samples, bits=6.0, objective="macs", macs=0.5, transform="klt")

@@ -204,3 +204,34 @@ def test_a_file_that_was_checked_lazily_is_the_same(tmp_path):
     (tmp_path / "bad.tq").write_bytes(data)
     with pytest.raises(tq.errors.FileError):
         tq.load(tmp_path / "bad.tq", lazy=True)
+
+
+def test_matrices_that_are_buffers_stay_tensors():
+    """Of a state dict alone all matrices are coded, whatever they are to the module."""
+
+    class Placed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(12, 24)
+            self.register_buffer("places", torch.randn(5, 12))
+
+        def forward(self, x):
+            return self.layer(x + self.places[0])
+
+    torch.manual_seed(0)
+    model, x = Placed(), torch.randn(4, 12)
+    compressed = tq.compress(model.state_dict(), step=1e-3)
+    decoded = compressed.install(copy.deepcopy(model))
+    installed = compressed.install(copy.deepcopy(model), mode="lazy")
+    assert relative(decoded, installed, x) < 1e-12
+    assert "places" in installed.state_dict()
+    assert "layer.weight" not in installed.state_dict()
+
+
+def test_a_layer_with_hooks_keeps_them():
+    model, _ = layer_model("linear")
+    compressed = tq.compress(model, step=0.02, transform="klt", axis="output")
+    model.layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+    installed = compressed.install(model, mode="transform")
+    assert running.installed(installed).layers["layer.weight"] == "decoded: it has hooks"
+    assert isinstance(installed.layer, nn.Linear)
