@@ -1,0 +1,1 @@
+"""Feature maps: what a network passes from layer to layer, coded."""
