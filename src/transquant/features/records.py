@@ -55,11 +55,19 @@ class Sensitivity:
 
 
 class MapCoder(Protocol):
-    """Codes the maps of one point, one sample at a time; `before`: what goes into the activation rather than its result.
+    """Codes the maps of one point, one sample at a time.
 
     encode and decode are exact inverses on integers; quantize and dequantize are the only ones that see real numbers."""
 
-    before: bool
+    @property
+    def kind(self) -> str:
+        """Name of the method in codec files; registry.KINDS has what makes such a coder of its state again."""
+        ...
+
+    @property
+    def before(self) -> bool:
+        """Whether it codes what goes into the activation rather than its result."""
+        ...
 
     @property
     def mode(self) -> str:
