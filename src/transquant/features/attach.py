@@ -25,10 +25,11 @@ class _Session:
         self.coded = {c.point.name: c for c in coded}
         self.left = left  # names of points that are not coded
         self.rows = {c.point.name: Row(c.point.name, c.point.activation, c.coder.mode) for c in coded}
-        self.met: list[str] = []  # in the running forward pass
+        self.met: list[str] = []  # in this forward pass
+        self.runs = False  # what other networks do meanwhile is their own
 
     def replace(self, point: Point, tensor: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
-        if point.name in self.left:
+        if not self.runs or point.name in self.left:
             return activation(tensor)
         coded = self._known(point)
         self.met.append(point.name)
@@ -76,8 +77,10 @@ class _Session:
 
     def begin(self, module: nn.Module, args: Any) -> None:
         self.met.clear()
+        self.runs = True
 
     def end(self, module: nn.Module, args: Any, result: Any) -> None:
+        self.runs = False
         missing = [name for name in self.coded if name not in self.met]
         if missing:
             raise InputError(

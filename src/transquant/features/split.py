@@ -78,7 +78,7 @@ def split(codec: FeatureCodec, model: nn.Module, at: str) -> tuple[Device, Serve
         results = traced.results.get(at, [])
         chosen = next((point for point in cuts if results == [traced.points[point]]), "")
     if not chosen:
-        raise InputError(f"the network cannot be cut at {at!r}: {_reason(codec, traced, at)}; it can be cut at {_listed(names)}")
+        raise InputError(f"the network cannot be cut at {at!r}: {_reason(codec, traced, at)}; {_listed(names)}")
     cut, coded = traced.points[chosen], cuts[chosen]
     return Device(traced.before(cut, not coded.coder.before), coded), Server(traced.behind(cut), coded)
 
@@ -100,4 +100,5 @@ def _reason(codec: FeatureCodec, traced: Traced, at: str) -> str:
 
 
 def _listed(names: dict[str, str]) -> str:
-    return ", ".join(names) or "no place"
+    """What can be said instead."""
+    return f"it can be cut at {', '.join(names)}" if names else "there is no place where one coded map alone crosses"
