@@ -1,4 +1,4 @@
-"""A codec of feature maps: attached, saved, split, and what it says of networks and packets that do not fit."""
+"""A codec attached to a network: its ledger, and what it says of networks that do not fit."""
 
 from __future__ import annotations
 
@@ -10,66 +10,17 @@ from math import log10
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-import transquant as tq
 from conftest import make_net
+from feature_models import CODEC, NET, Block, X, outputs, residual
 from plain_coder import PlainCoder, plain_codec, points_of
-from transquant.errors import CorruptFile, FileError, InputError, LimitExceeded, OutputError, UnsupportedVersion
-from transquant.features import FeatureCodec, codec_file, registry
-from transquant.features.packets import Packet, pack, unpack
+from transquant.errors import InputError, OutputError
+from transquant.features import FeatureCodec
+from transquant.features.packets import Packet, pack
 
-X = torch.randn(6, 3, 12, 12, generator=torch.Generator().manual_seed(5))
-
-
-class Block(nn.Module):
-    """One activation module that is called twice, with a residual around the first."""
-
-    def __init__(self, width=8):
-        super().__init__()
-        self.one, self.two, self.act = (
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.ReLU(inplace=True),
-        )
-
-    def forward(self, x):
-        return self.act(self.two(self.act(self.one(x))) + x)
-
-
-class Residual(nn.Module):
-    """Modules and functions, ReLU, ReLU6 and GELU, in place and not, an optional argument, vectors at the end."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem, self.layer1, self.layer2 = nn.Conv2d(3, 8, 3, padding=1), nn.Sequential(Block(), Block()), nn.Sequential(Block())
-        self.head, self.last = nn.Linear(8, 12), nn.Linear(12, 4)
-
-    def forward(self, x, scale=None):
-        x = functional.relu6(self.stem(x))
-        x = self.layer2(functional.max_pool2d(self.layer1(x), 2))
-        x = functional.gelu(self.head(x.mean((2, 3))))
-        return self.last(x) if scale is None else self.last(x) * scale
-
-
-def residual():
-    torch.manual_seed(0)
-    return Residual().eval()
-
-
-NET = residual()
-CODEC = plain_codec(NET, X, 0.03, before=True)
-
-
-def outputs(model, x=X):
-    with torch.no_grad():
-        return model(x)
-
-
-# ---------------------------------------------------------------------------------------------- attach and its ledger
+# ------------------------------------------------------------------------------------------ attach and its ledger
 
 
 @pytest.mark.parametrize("before", [False, True])
@@ -213,7 +164,7 @@ def outputs_of(codec, model, x, point):
         return outputs(model, x)
 
 
-# ---------------------------------------------------------------------------------------------- what does not fit
+# ------------------------------------------------------------------------------------------ what does not fit
 
 
 def wider():
@@ -286,254 +237,6 @@ def test_codecs_that_make_no_sense():
     for settings_ in ({"x": float("nan")}, {"x": object()}):
         with pytest.raises(InputError, match="JSON"):
             FeatureCodec({point: coder}, settings_)
-
-
-# ---------------------------------------------------------------------------------------------- the codec file
-
-
-def test_saved_and_loaded_codecs_do_the_same(tmp_path):
-    path = tmp_path / "net.codec"
-    codec = plain_codec(NET, X, 0.03, before=True, method="plain", uncoded=["#1"])
-    codec.save(path)
-    loaded = tq.features.load(path)
-    assert path.read_bytes() == codec.data == loaded.data
-    assert (loaded.points, loaded.settings, loaded.fingerprint) == (codec.points, codec.settings, codec.fingerprint)
-    assert repr(loaded) == f"FeatureCodec(7 points, plain, {len(codec.data):,} bytes, fingerprint {codec.fingerprint.hex()})"
-    with codec.attach(NET) as one:
-        expected = outputs(NET)
-    with loaded.attach(NET) as other:
-        assert torch.equal(outputs(NET), expected)
-    assert one.as_dict() == other.as_dict()
-    a, b = codec.split(NET, "layer1")[0], loaded.split(NET, "layer1")[0]
-    assert a(X) == b(X)
-    with pytest.raises(OutputError):
-        codec.save(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["net.codec"]
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.data())
-def test_damaged_codec_files(data):
-    """Flips and cuts give FileError; a flip that changes nothing (white space of the header) gives the same codec."""
-    good = CODEC.data
-    if data.draw(st.booleans()):
-        bad = good[: data.draw(st.integers(0, len(good) - 1))]
-    else:
-        place = data.draw(st.integers(0, len(good) - 1))
-        bad = good[:place] + bytes([good[place] ^ data.draw(st.integers(1, 255))]) + good[place + 1 :]
-    with pytest.raises(FileError):
-        codec_file.read_codec(bad)
-
-
-def rewritten(change):
-    """The codec file with other content, under a hash that fits."""
-    header = json.loads(CODEC.data[8 : 8 + int.from_bytes(CODEC.data[:8], "little")])
-    top = json.loads(header["__metadata__"]["transquant"])
-    arrays = codec_file.load(CODEC.data)
-    change(top, arrays)
-    if "sha256" in top:
-        top["sha256"] = codec_file._digest(top["content"], arrays).hex()
-    return codec_file.save(arrays, {"transquant": json.dumps(top)})
-
-
-def test_codec_files_that_lie():
-    def point(**changes):
-        return lambda top, arrays: top["content"]["points"][0].update(changes)
-
-    cases = [
-        (lambda top, arrays: None, None, ""),
-        (lambda top, arrays: top.update(version=2), UnsupportedVersion, "version 2"),
-        (lambda top, arrays: top.update(version=0), CorruptFile, "version"),
-        (lambda top, arrays: top.update(kind="soup"), CorruptFile, "kind 'soup'"),
-        (lambda top, arrays: top["content"].update(more=1), CorruptFile, "points and settings"),
-        (lambda top, arrays: top["content"].update(points={}), CorruptFile, "expected a list"),
-        (lambda top, arrays: arrays.update({"99/steps": np.ones(3)}), CorruptFile, "belongs to none of the 8 points"),
-        (lambda top, arrays: arrays.update({"steps": np.ones(3)}), CorruptFile, "belongs to none"),
-        (lambda top, arrays: arrays.pop("3/steps"), CorruptFile, "cannot be made again: KeyError"),
-        (lambda top, arrays: arrays.update({"3/steps": np.ones((2, 5), np.float32)}), CorruptFile, "cannot be made again"),
-        (point(kind="fractal"), UnsupportedVersion, "'fractal', which needs a newer version"),
-        (point(channels=9), CorruptFile, "cannot be made again"),
-        (point(channels=-1), CorruptFile, "channels is -1"),
-        (point(axis="1"), CorruptFile, "axis is '1'"),
-        (point(low="0"), CorruptFile, "clips at"),
-        (point(low=None), CorruptFile, "does not fit"),
-        (point(name=""), CorruptFile, "name"),
-        (point(more=1), CorruptFile, "expected an object with"),
-        (point(settings=[]), CorruptFile, "expected an object"),
-    ]
-    for change, error, message in cases:
-        data = rewritten(change)
-        if error is None:
-            assert FeatureCodec(*codec_file.read_codec(data)).data == CODEC.data
-            continue
-        with pytest.raises(error, match=message):
-            FeatureCodec(*codec_file.read_codec(data))
-
-
-def test_other_files(tmp_path):
-    (tmp_path / "a").write_bytes(b"nothing of the sort" * 9)
-    with pytest.raises(CorruptFile, match="a: this is no codec file"):
-        tq.features.load(tmp_path / "a")
-    (tmp_path / "b").write_bytes(codec_file.save({"x": np.ones(2)}))
-    with pytest.raises(CorruptFile, match="no 'transquant'"):
-        tq.features.load(tmp_path / "b")
-    with pytest.raises(InputError, match="cannot read"):
-        tq.features.load(tmp_path / "c")
-    with pytest.raises(LimitExceeded):
-        tq.features.load(tmp_path / "a", tq.Limits(max_decoded_bytes=10))
-
-
-def test_kinds_are_known_by_name():
-    assert {"predictive", "pca", "dct-masks"} <= set(registry.KINDS)
-    with pytest.raises(UnsupportedVersion):
-        registry.from_state("soup", {}, {})
-
-
-# ---------------------------------------------------------------------------------------------- packets
-
-
-@settings(deadline=None)
-@given(st.binary(max_size=40), st.integers(0, 4095), st.lists(st.integers(1, 2**31), max_size=7), st.binary(min_size=4, max_size=4))
-def test_packets_come_back(payload, index, lengths, fingerprint):
-    packet = Packet(index, tuple(lengths), payload)
-    assert unpack(pack(fingerprint, packet), fingerprint) == packet
-
-
-def test_layout_of_a_packet():
-    """FORMAT of docs/features.md, byte by byte."""
-    import zlib
-
-    data = pack(b"\1\2\3\4", Packet(20, (7, 300), b"xyz"))
-    rest = bytes([8 * 20 + 2 & 127 | 128, 1, 7, 300 & 127 | 128, 2]) + b"xyz"
-    assert data == b"\1\2\3\4" + zlib.crc32(b"\1\2\3\4" + rest).to_bytes(4, "little") + rest
-
-
-DEVICE, SERVER = CODEC.split(NET, "layer1.0")
-PACKETS = DEVICE(X)
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.data())
-def test_damaged_packets(data):
-    good = PACKETS[0]
-    if data.draw(st.booleans()):
-        bad = good[: data.draw(st.integers(0, len(good) - 1))]
-    else:
-        place = data.draw(st.integers(0, len(good) - 1))
-        bad = good[:place] + bytes([good[place] ^ data.draw(st.integers(1, 255))]) + good[place + 1 :]
-    with pytest.raises(CorruptFile, match="damaged or truncated|is truncated"):
-        SERVER.decode(bad)
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.binary(max_size=60), st.integers(0, 20), st.lists(st.integers(1, 2**34), max_size=7))
-def test_forged_packets(payload, index, lengths):
-    """With a checksum that fits: nothing but FileError, and no memory for maps that are not there."""
-    with pytest.raises(FileError):
-        SERVER.decode(pack(CODEC.fingerprint, Packet(index, tuple(lengths), payload)))
-
-
-def test_packets_of_something_else():
-    with pytest.raises(CorruptFile, match=r"of point 6 of the codec, expected 2, 'layer1.0.act#1'"):
-        SERVER.decode(CODEC.split(NET, "layer2")[0](X)[0])
-    other = plain_codec(NET, X, 0.04, before=True)
-    with pytest.raises(CorruptFile, match=f"fingerprint is {other.fingerprint.hex()}, this codec's {CODEC.fingerprint.hex()}"):
-        SERVER.decode(other.split(NET, "layer1.0")[0](X)[0])
-    with pytest.raises(LimitExceeded, match="asks for a map of"):
-        SERVER.decode(pack(CODEC.fingerprint, Packet(2, (2000, 2000), b"")))
-    headless = pack(CODEC.fingerprint, Packet(2, (7, 7), b""))[:8] + b"\x92"
-    with pytest.raises(CorruptFile):
-        SERVER.decode(headless)
-
-
-# ---------------------------------------------------------------------------------------------- split
-
-
-@pytest.mark.parametrize("before", [False, True])
-@pytest.mark.parametrize(
-    ("at", "point"),
-    [("#0", "#0"), ("layer1.0", "layer1.0.act#1"), ("layer1", "layer1.1.act#1"), ("layer2.0", "layer2.0.act#1"), ("#1", "#1")],
-)
-def test_halves_are_the_whole(at, point, before):
-    codec = plain_codec(NET, X, 0.05, before=before)
-    device, server = codec.split(NET, at)
-    packets = device(X)
-    assert len(packets) == 6
-    assert all(isinstance(p, bytes) for p in packets)
-    assert device.coded.point.name == server.coded.point.name == point
-    with codec.attach(NET, only=[point]) as ledger:
-        expected = outputs(NET)
-    assert torch.equal(server(packets), expected)
-    assert sum(map(len, packets)) == ledger.bytes
-    kept = packets[:2] + packets[3:]  # one that is lost costs one sample
-    torch.testing.assert_close(server.decode(kept), expected[[0, 1, 3, 4, 5]], atol=1e-5, rtol=1e-5)
-    assert server.decode(packets[4]).shape == (1, 4)
-
-
-def test_each_half_has_its_own_parameters():
-    whole = set(NET.state_dict())
-    device, server = CODEC.split(NET, "layer1")
-    first, second = set(device.network.state_dict()), set(server.network.state_dict())
-    assert first == {k for k in whole if k.startswith(("stem", "layer1"))}
-    assert second == whole - first
-    with torch.device("meta"):
-        empty = CODEC.split(Residual(), "layer1")[1]
-    empty.network.load_state_dict(server.network.state_dict(), assign=True)
-    assert torch.equal(empty(DEVICE_OF_LAYER1(X)), server(DEVICE_OF_LAYER1(X)))
-    assert not hasattr(NET, "_tensor_constant0")
-
-
-DEVICE_OF_LAYER1 = CODEC.split(NET, "layer1")[0]
-
-
-def test_where_a_network_cannot_be_cut():
-    places = "it can be cut at #0, layer1.0, layer1, layer2, #1"
-    for at, reason in {
-        "soup": "no module has this path",
-        "stem": "its result is not the map of a point",
-        "layer1.0.act": "the module is run 2 times",
-        "layer1.0.act#0": "not only its result crosses",
-        "last": "its result is not the map of a point",
-    }.items():
-        with pytest.raises(InputError) as caught:
-            CODEC.split(NET, at)
-        assert f"cannot be cut at {at!r}: {reason}" in str(caught.value)
-        assert places in str(caught.value)
-
-
-class Branches(nn.Module):
-    """Control flow that depends on the data."""
-
-    def forward(self, x):
-        x = torch.relu(x)
-        return x if x.sum() > 0 else -x
-
-
-class Careless(nn.Module):
-    """A change in place whose result is not used."""
-
-    def forward(self, x):
-        y = torch.relu(x)
-        y.add_(1)
-        return y * 2
-
-
-@pytest.mark.parametrize(
-    ("model", "reason"), [(Branches(), "torch.fx cannot trace it: symbolically"), (Careless(), "changes a tensor in place")]
-)
-def test_networks_that_cannot_be_traced(model, reason):
-    codec = plain_codec(model, X)
-    with pytest.raises(InputError, match=reason):
-        codec.split(model, "#0")
-
-
-def test_batches_that_do_not_go_together():
-    with pytest.raises(InputError, match="no samples"):
-        DEVICE(X[:0])
-    with pytest.raises(InputError, match="no packets"):
-        SERVER([])
-    with pytest.raises(InputError, match=r"maps of \(12, 12\) and \(20, 20\); decode them apart"):
-        SERVER([PACKETS[0], *DEVICE(torch.randn(1, 3, 20, 20))])
 
 
 def test_points_keep_their_order():
