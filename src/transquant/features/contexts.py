@@ -30,6 +30,7 @@ AROUND, TAPS, REFERENCES = 6, 3, 2
 LUT, LUT_SHIFT = 2048, 1  # entries of the table from s to its bin, and how much of s an entry spans
 LANES, SMALL = 4, 4096  # lanes of rANS; below so many symbols one
 LONGEST = 21  # bits of an escaped symbol
+FURTHEST = 32767  # of p, and of what is seen of a symbol
 COARSE = 6  # a table's first guess at a token: by the upper 8 of 14 bits
 _ONE = rans_tables.P_ONE
 # borders in s, in units of 1/256 symbol
@@ -115,7 +116,7 @@ def code_map(  # type: ignore[no-untyped-def]
                     other = plane[second_reference]
                     mu += m[10] * other[y + 2, i] + m[11] * other[y + 2, i - 1] + m[12] * other[y + 1, i]
                     sigma += s[6] * left_over[second_reference, y + 2, i]
-                p = (mu + 128) >> 8
+                p = min(max((mu + 128) >> 8, -FURTHEST), FURTHEST)
                 if nonnegative and p <= 0:
                     p = 0
                     kind = (mu >= 12) + (mu >= 32) + (mu >= 72)
@@ -172,9 +173,9 @@ def code_map(  # type: ignore[no-untyped-def]
                     if cursor[2]:
                         return
                     symbols[k, y, x] = symbol
-                bounded = min(max(symbol, -32767), 32767)
+                bounded = min(max(symbol, -FURTHEST), FURTHEST)
                 row[i] = bounded
-                rest[i] = min(abs(symbol - p), 32767)
+                rest[i] = min(abs(symbol - p), FURTHEST)
 
 
 def _lanes(count: int) -> int:
