@@ -9,8 +9,10 @@ the same functions and takes the events from the states instead.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from transquant.entropy import tables
 from transquant.entropy.binary import code_decisions
@@ -24,11 +26,11 @@ from transquant.trellis_code import TRELLIS_CODES
 class _Tokens:
     """Tables of the tokens of planes with or without a trellis: adaptive counts, or laws that stay."""
 
-    def __init__(self, trellis: bool, adaptive: bool, decoding: bool) -> None:
+    def __init__(self, trellis: bool, adaptive: bool) -> None:
         self.counts = tables.first_token_counts(trellis)
         self.fresh, self.progress = np.zeros(self.counts[0].size, np.uint32), np.zeros(2, np.int64)
         begins = tables.adapted(self.counts) if adaptive else tables.law_tables(trellis)
-        self.lookup = tables.law_lookup(trellis) if decoding and not adaptive else np.zeros(1, np.uint8)
+        self.lookup, self.zeros = tables.lookups(begins)
         self.begins = begins.reshape(-1)
 
 
@@ -55,39 +57,49 @@ class _Coder:
             if lanes and self.states.min() < tables.STATE_LOW:
                 raise CorruptFile("an initial state of a symbol section is out of range")
 
-    def plane(self, symbols: IntArray, kind: int, width: int, taps: int, state_bits: int) -> float:
-        """Code one plane; `symbols` int32 (rows, columns) is read when encoding and filled when decoding.
-
-        Returns its information content in bits."""
+    def plane(self, symbols: IntArray, kind: int, width: int, taps: int, state_bits: int) -> None:
+        """Code one plane; `symbols` int32 (rows, columns) is read when encoding and filled when decoding."""
         if symbols.size == 0:
-            return 0.0
+            return
         shape = symbols, width, taps, self.lanes, tables.column_shift(self.lanes), self.decoding
         ends = self.start[kind : kind + 1], self.states, self.words, self.log, self.cursor
         if kind == tables.WEIGHTS and self.coder != "s":
             trellis, adaptive = state_bits > 0, self.coder == "m"
             if trellis not in self.tokens:
-                self.tokens[trellis] = _Tokens(trellis, adaptive, self.decoding)
+                self.tokens[trellis] = _Tokens(trellis, adaptive)
             t = self.tokens[trellis]
-            self.log, bits = code_tokens(
-                *shape, adaptive, *TRELLIS_CODES[state_bits], t.counts, t.fresh, t.begins, t.lookup, t.progress, *ends
+            self.log = code_tokens(
+                *shape, adaptive, *TRELLIS_CODES[state_bits], t.counts, t.fresh, t.begins, t.lookup, t.zeros, t.progress, *ends
             )
         else:
             magnitude = self.paths if state_bits else self.magnitude[kind]
             signs = self.path_signs if state_bits else np.full((27, 2), 3, np.int64)
-            self.log, bits = code_decisions(*shape, *TRELLIS_CODES[state_bits], magnitude, self.gamma[kind], signs, *ends)
+            self.log = code_decisions(*shape, *TRELLIS_CODES[state_bits], magnitude, self.gamma[kind], signs, *ends)
         if self.cursor[2]:
             raise CorruptFile("a symbol section ends early or holds a symbol that is too large")
-        return float(bits)
+
+
+def _content(states: NDArray[np.uint32]) -> float:
+    """What the lanes' states hold, in bits."""
+    return float(np.log2(states).sum())
 
 
 def encode_planes(planes: Sequence[Plane], lanes: int, coder: Coder) -> tuple[bytes, list[float]]:
-    """Bytes of a stream of a symbol section, and each plane's information content in bits.
+    """Bytes of a stream of a symbol section, and each plane's information content in bits: words, and what the states grow by.
 
     Symbols may not exceed `tables.MAX_SYMBOL` in magnitude; callers check."""
     state = _Coder(lanes, coder)
-    bits = [state.plane(np.ascontiguousarray(p.symbols, np.int32), p.kind, p.width, p.taps, p.state_bits) for p in planes]
-    states, words = rans_encode(state.log, int(state.cursor[0]), lanes)
-    return states.astype("<u4").tobytes() + words.astype("<u2").tobytes(), bits
+    events = [0]
+    for p in planes:
+        state.plane(np.ascontiguousarray(p.symbols, np.int32), p.kind, p.width, p.taps, p.state_bits)
+        events.append(int(state.cursor[0]))
+    states = np.full(lanes, tables.STATE_LOW, np.uint32)
+    words, bits = [], []
+    for begin, end in reversed(list(pairwise(events))):
+        held = _content(states)
+        words.append(rans_encode(state.log[begin:end], states))
+        bits.append(16 * len(words[-1]) + (_content(states) - held))
+    return states.astype("<u4").tobytes() + b"".join(w.astype("<u2").tobytes() for w in reversed(words)), bits[::-1]
 
 
 def decode_planes(
@@ -100,9 +112,10 @@ def decode_planes(
     state = _Coder(lanes, coder, data)
     symbols, bits = [], []
     for rows, columns, *context in planes:
-        plane = np.zeros((rows, columns), np.int32)
-        bits.append(state.plane(plane, *context))
-        symbols.append(plane)
+        symbols.append(np.zeros((rows, columns), np.int32))
+        word, held = int(state.cursor[1]), _content(state.states)
+        state.plane(symbols[-1], *context)
+        bits.append(16 * (int(state.cursor[1]) - word) + (held - _content(state.states)))
     if state.cursor[1] != len(state.words) - tables.SPARE_WORDS or (state.states != tables.STATE_LOW).any():
         raise CorruptFile("a symbol section does not end where its symbols end")
     return symbols, bits
