@@ -16,21 +16,27 @@ from numpy.typing import NDArray
 
 from transquant.entropy import tables
 from transquant.entropy.binary import code_decisions
+from transquant.entropy.laws import corrections_for
 from transquant.entropy.rans import rans_encode
 from transquant.entropy.tokens import code_tokens
 from transquant.errors import CorruptFile
 from transquant.records import Coder, IntArray, Plane
 from transquant.trellis_code import TRELLIS_CODES
 
+_NO_LOOKUPS: tuple[np.ndarray, np.ndarray] = (np.zeros(1, np.uint8), np.zeros(1, np.uint32))  # for tables that do not stay
+
 
 class _Tokens:
-    """Tables of the tokens of planes with or without a trellis: adaptive counts, or laws that stay."""
+    """Tables of the tokens of planes with or without a trellis: adaptive counts, or laws that stay, corrected or not."""
 
-    def __init__(self, trellis: bool, adaptive: bool) -> None:
+    def __init__(self, trellis: bool, adaptive: bool, corrections: IntArray | None = None) -> None:
         self.counts = tables.first_token_counts(trellis)
         self.fresh, self.progress = np.zeros(self.counts[0].size, np.uint32), np.zeros(2, np.int64)
-        begins = tables.adapted(self.counts) if adaptive else tables.law_tables(trellis)
-        self.lookup, self.zeros = tables.lookups(begins)
+        if corrections is not None:
+            begins = tables.corrected_tables(trellis, corrections)
+        else:
+            begins = tables.adapted(self.counts) if adaptive else tables.law_tables(trellis)
+        self.lookup, self.zeros = _NO_LOOKUPS if adaptive else tables.lookups(begins)
         self.begins = begins.reshape(-1)
 
 
@@ -78,6 +84,14 @@ class _Coder:
         if self.cursor[2]:
             raise CorruptFile("a symbol section ends early or holds a symbol that is too large")
 
+    def corrections(self, trellis: bool, given: IntArray | None = None) -> None:
+        """Code the corrections of a set of tables, int32 (levels + 1, tokens), and follow them."""
+        corrections = np.zeros((len(tables.LAW_ROWS), tables.TOKENS), np.int32) if given is None else given
+        self.plane(corrections, tables.LAWS, 1, 1, 0)
+        if np.abs(corrections).max() > tables.MAX_CORRECTION:
+            raise CorruptFile(f"a correction of a table is out of range, allowed is ±{tables.MAX_CORRECTION}")
+        self.tokens[trellis] = _Tokens(trellis, False, corrections)
+
 
 def _content(states: NDArray[np.uint32]) -> float:
     """What the lanes' states hold, in bits."""
@@ -89,17 +103,25 @@ def encode_planes(planes: Sequence[Plane], lanes: int, coder: Coder) -> tuple[by
 
     Symbols may not exceed `tables.MAX_SYMBOL` in magnitude; callers check."""
     state = _Coder(lanes, coder)
-    events = [0]
-    for p in planes:
-        state.plane(np.ascontiguousarray(p.symbols, np.int32), p.kind, p.width, p.taps, p.state_bits)
+    given = [(np.ascontiguousarray(p.symbols, np.int32), p.kind, p.width, p.taps, p.state_bits) for p in planes]
+    if coder == "l":  # a first pass says which tokens come how often
+        first = _Coder(lanes, "t")
+        for plane in given:
+            if plane[1] == tables.WEIGHTS:
+                first.plane(*plane)
+        for trellis in sorted(first.tokens):
+            state.corrections(trellis, corrections_for(trellis, first.tokens[trellis].fresh))
+    events = [int(state.cursor[0])]
+    for plane in given:
+        state.plane(*plane)
         events.append(int(state.cursor[0]))
     states = np.full(lanes, tables.STATE_LOW, np.uint32)
     words, bits = [], []
-    for begin, end in reversed(list(pairwise(events))):
+    for begin, end in reversed(list(pairwise([0, *events]))):
         held = _content(states)
         words.append(rans_encode(state.log[begin:end], states))
         bits.append(16 * len(words[-1]) + (_content(states) - held))
-    return states.astype("<u4").tobytes() + b"".join(w.astype("<u2").tobytes() for w in reversed(words)), bits[::-1]
+    return states.astype("<u4").tobytes() + b"".join(w.astype("<u2").tobytes() for w in reversed(words)), bits[-2::-1]
 
 
 def decode_planes(
@@ -110,6 +132,9 @@ def decode_planes(
 
     Raises CorruptFile unless every byte is used and every state ends where the encoder began."""
     state = _Coder(lanes, coder, data)
+    if coder == "l":
+        for trellis in sorted({s[5] > 0 for s in planes if s[2] == tables.WEIGHTS and s[0] * s[1]}):
+            state.corrections(trellis)
     symbols, bits = [], []
     for rows, columns, *context in planes:
         symbols.append(np.zeros((rows, columns), np.int32))

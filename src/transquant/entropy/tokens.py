@@ -22,6 +22,7 @@ _TOKENS, _ESCAPE, _MIDDLE = tables.TOKENS, tables.ESCAPE, tables.MIDDLE
 _MAX_SHIFT, _SHIFT_FROM = tables.MAX_SHIFT, tables.THRESHOLDS[tables.SHIFT_LEVEL - 1]
 _TILE = 16  # columns that are kept with a column's lanes side by side
 _MAX_EVENTS = tables.MAX_EVENTS
+_MANY = 16  # lanes for which vector instructions pay
 _I = np.int32
 _U = np.uint32
 _U0, _U1, _U2, _U3, _U4, _U8, _U16 = _U(0), _U(1), _U(2), _U(3), _U(4), _U(8), _U(16)
@@ -40,9 +41,10 @@ def code_tokens(  # type: ignore[no-untyped-def]
     side = min(lanes, rows)
     col = np.zeros(columns, np.int64)
     fast, slow, mean = np.zeros(side, np.int32), np.zeros(side, np.int32), np.zeros(side, np.int32)
-    sign, law, listed = np.zeros(side, np.int32), np.zeros(side, np.uint32), np.zeros(side, np.uint8)
+    sign, law, others = np.zeros(side, np.int32), np.zeros(side, np.uint32), np.zeros(side, np.uint8)
     lists = np.zeros((3, side + 1), np.uint32)  # of lanes
     some, escapes, wide = lists[0], lists[1], lists[2]
+    every = np.arange(side).astype(np.uint32)
     path, shift = np.zeros(side, np.int8), np.zeros(side, np.int64)
     signs = np.zeros((columns + 1 if adaptive else 1, side), np.int8)  # the last row stays 0
     tile = np.zeros((_TILE, side), np.int32)
@@ -54,6 +56,7 @@ def code_tokens(  # type: ignore[no-untyped-def]
         path[:] = 0
         for j in range(columns):
             t = j % _TILE
+            column = tile[t]
             if not decoding:
                 if cursor[0] + count * _MAX_EVENTS > len(log):
                     grown = np.empty(2 * len(log) + count * _MAX_EVENTS, np.uint64)
@@ -74,17 +77,19 @@ def code_tokens(  # type: ignore[no-untyped-def]
             shifted = _shifts(count, mean, shift, wide) if top >= _SHIFT_FROM else 0
 
             if not decoding:
-                escaped = _write(count, mean, sign, begins, tile[t], shifted, shift, fresh, touched, log, cursor, escapes)
+                escaped = _write(count, mean, sign, begins, column, shifted, shift, fresh, touched, log, cursor, escapes)
             elif adaptive:
-                escaped = _search(count, mean, sign, begins, states, words, cursor, fresh, touched, tile[t], escapes)
+                escaped = _search(count, mean, sign, begins, states, words, cursor, fresh, touched, column, escapes)
+            elif count >= _MANY:
+                _take_zeros(count, mean, zeros, law, states, others, column)
+                number = _list(count, others, some)
+                escaped = _look_up(number, some, mean, begins, lookup, states, words, cursor, column, escapes)
             else:
-                _take_zeros(count, mean, zeros, law, states, listed, tile[t])
-                number = _list(count, listed, some)
-                escaped = _look_up(number, some, mean, begins, lookup, states, words, cursor, tile[t], escapes)
+                escaped = _look_up(count, every, mean, begins, lookup, states, words, cursor, column, escapes)
             if decoding and (escaped or shifted):
-                read_rest(escaped, escapes, shifted, wide, shift, fresh, touched, begins, tile[t], states, words, cursor)
+                read_rest(escaped, escapes, shifted, wide, shift, fresh, touched, begins, column, states, words, cursor)
             elif escaped or shifted:
-                write_rest(escaped, escapes, shifted, wide, shift, fresh, touched, begins, tile[t], log, cursor)
+                write_rest(escaped, escapes, shifted, wide, shift, fresh, touched, begins, column, log, cursor)
             if cursor[2] or cursor[1] > len(words) - tables.SPARE_WORDS:
                 cursor[2] = 1
                 return log
@@ -94,9 +99,9 @@ def code_tokens(  # type: ignore[no-untyped-def]
             if adaptive and progress[0] >= min(tables.REBUILD, progress[1] >> tables.REBUILD_SHIFT):
                 _learn(counts, fresh, touched, begins)
                 progress[0] = 0
-            total = _follow(count, tile[t], fast, slow)
+            total = _follow(count, column, fast, slow)
             if adaptive:
-                _sign_states(count, tile[t], np.int8(feedback), np.int8(forward), path, signs, j)
+                _sign_states(count, column, np.int8(feedback), np.int8(forward), path, signs, j)
             average = (total << 8) // count
             if first == 0:
                 col[j] = average
@@ -131,16 +136,6 @@ def _sign_contexts(count, signs, left, above, path, sign):  # type: ignore[no-un
         both = np.int8(signs[left, lane] + signs[above, lane])
         odd = np.int8(path[lane] & 1)
         sign[lane] = np.int8((both ^ -odd) + odd)
-
-
-@nb.njit(cache=True, nogil=True)
-def _list(count, listed, lanes):  # type: ignore[no-untyped-def]
-    """The lanes that are `listed`, ascending; how many they are."""
-    number = np.uint64(0)
-    for lane in range(count):
-        lanes[number] = lane
-        number += np.uint64(listed[lane])
-    return np.int64(number)
 
 
 @nb.njit(cache=True, nogil=True)
@@ -208,8 +203,8 @@ def _search(count, mean, sign, begins, states, words, cursor, fresh, touched, co
 
 
 @nb.njit(cache=True, nogil=True)
-def _take_zeros(count, mean, zeros, law, states, listed, column):  # type: ignore[no-untyped-def]
-    """From static tables, zeros that need no word; all other lanes are listed and their states left as they are."""
+def _take_zeros(count, mean, zeros, law, states, others, column):  # type: ignore[no-untyped-def]
+    """From static tables, zeros that need no word; what has not is one of the others, and its state is left as it is."""
     for lane in range(count):
         law[lane] = zeros[_U(min(mean[lane], _LAST))]
     for lane in range(count):
@@ -218,17 +213,27 @@ def _take_zeros(count, mean, zeros, law, states, listed, column):  # type: ignor
         after = _U(_U(freq * _U(x >> _UBITS)) + low)
         other = (low >= freq) | (after < _ULOW)
         states[lane] = x if other else after
-        listed[lane] = other
+        others[lane] = other
         column[lane] = 0
 
 
 @nb.njit(cache=True, nogil=True)
-def _look_up(number, lanes, mean, begins, lookup, states, words, cursor, column, escapes):  # type: ignore[no-untyped-def]
-    """The tokens of some lanes from static tables; the lanes with escapes and how many they are. A lookup says where a piece of
-    the range begins: nearly always the token is that of its beginning."""
+def _list(count, others, some):  # type: ignore[no-untyped-def]
+    """The lanes that are left, ascending; how many they are."""
+    number = np.uint64(0)
+    for lane in range(count):
+        some[number] = lane
+        number += np.uint64(others[lane])
+    return np.int64(number)
+
+
+@nb.njit(cache=True, nogil=True)
+def _look_up(number, some, mean, begins, lookup, states, words, cursor, column, escapes):  # type: ignore[no-untyped-def]
+    """Tokens of some lanes from static tables; the lanes with escapes and how many they are. A lookup says where a piece of the
+    range begins: nearly always the token is that of its beginning."""
     pos, escaped = np.uint64(cursor[1]), np.uint64(0)
     for i in range(number):
-        lane = lanes[_U(i)]
+        lane = some[_U(i)]
         x = states[lane]
         c = _LEVEL[_U(min(mean[lane], _LAST))]
         low = _U(x & _UMASK)
