@@ -42,7 +42,6 @@ from transquant.records import (
     CodedTensor,
     Container,
     InputStats,
-    IntArray,
     LayerStats,
     Limits,
     Plan,
@@ -322,13 +321,11 @@ def _decode(container: Container) -> tuple[dict[str, Coded], list[float]]:
     """Symbols of all coded entries, and the information content of all planes in file order."""
     bits: list[float] = []
 
-    def decoder(sections: Sequence[Sequence[bitstream.StreamJob]]) -> list[list[list[IntArray]]]:
+    def decoder(sections: Sequence[Sequence[bitstream.StreamJob]]) -> None:
         jobs = [job for section in sections for job in section]
         done = iter(spread(lambda job: decode_planes(*job), jobs, sum(len(job[0]) for job in jobs) >= WORTH_THREADS))
-        parts = [[next(done) for _ in section] for section in sections]
-        for section in parts:
-            bits.extend(sum(each) for each in zip(*(own for _, own in section), strict=True))
-        return [[planes for planes, _ in section] for section in parts]
+        for section in sections:
+            bits.extend(sum(each) for each in zip(*(next(done)[1] for _ in section), strict=True))
 
     return bitstream.decode(container, decoder), bits
 

@@ -125,21 +125,25 @@ def encode_planes(planes: Sequence[Plane], lanes: int, coder: Coder) -> tuple[by
 
 
 def decode_planes(
-    data: bytes, planes: Sequence[tuple[int, int, int, int, int, int]], lanes: int, coder: Coder
+    data: bytes,
+    planes: Sequence[tuple[int, int, int, int, int, int]],
+    lanes: int,
+    coder: Coder,
+    into: Sequence[IntArray] | None = None,
 ) -> tuple[list[IntArray], list[float]]:
     """Symbols of the planes (rows, columns, kind, width, taps, state bits), int32 (rows, columns) each, and their
-    information content.
+    information content. `into`: contiguous zeros that become the symbols; None: of its own.
 
     Raises CorruptFile unless every byte is used and every state ends where the encoder began."""
     state = _Coder(lanes, coder, data)
     if coder == "l":
         for trellis in sorted({s[5] > 0 for s in planes if s[2] == tables.WEIGHTS and s[0] * s[1]}):
             state.corrections(trellis)
-    symbols, bits = [], []
-    for rows, columns, *context in planes:
-        symbols.append(np.zeros((rows, columns), np.int32))
+    symbols = [np.zeros(shape[:2], np.int32) for shape in planes] if into is None else list(into)
+    bits = []
+    for plane, (_, _, *context) in zip(symbols, planes, strict=True):
         word, held = int(state.cursor[1]), _content(state.states)
-        state.plane(symbols[-1], *context)
+        state.plane(plane, *context)
         bits.append(16 * (int(state.cursor[1]) - word) + (held - _content(state.states)))
     if state.cursor[1] != len(state.words) - tables.SPARE_WORDS or (state.states != tables.STATE_LOW).any():
         raise CorruptFile("a symbol section does not end where its symbols end")

@@ -37,8 +37,15 @@ def _learn(counts: Int64, context: Int64, bit: NDArray[np.bool_]) -> None:
         counts[over] = (counts[over] + 1) >> 1
 
 
-def decode_planes(data: bytes, planes: Sequence[tuple[int, int, int, int, int, int]], lanes: int, coder: Coder) -> list[IntArray]:
-    """Symbols of the planes (rows, columns, kind, width, taps, state bits), int32 (rows, columns) each.
+def decode_planes(
+    data: bytes,
+    planes: Sequence[tuple[int, int, int, int, int, int]],
+    lanes: int,
+    coder: Coder,
+    into: Sequence[IntArray] | None = None,
+) -> list[IntArray]:
+    """Symbols of the planes (rows, columns, kind, width, taps, state bits), int32 (rows, columns) each. `into`: zeros that become
+    the symbols; None: of its own.
 
     Raises CorruptFile unless every byte is used and every state ends where the encoder began."""
     reader = Reader(data, lanes)
@@ -60,9 +67,8 @@ def decode_planes(data: bytes, planes: Sequence[tuple[int, int, int, int, int, i
             if np.abs(corrections).max() > tables.MAX_CORRECTION:
                 raise CorruptFile(f"a correction of a table is out of range, allowed is ±{tables.MAX_CORRECTION}")
             tokens[trellis] = Tokens(trellis, False, corrections)
-    result = []
-    for rows, columns, kind, width, taps, state_bits in planes:
-        plane = np.zeros((rows, columns), np.int32)
+    result = [np.zeros(shape[:2], np.int32) for shape in planes] if into is None else list(into)
+    for plane, (_, _, kind, width, taps, state_bits) in zip(result, planes, strict=True):
         if plane.size and kind == tables.WEIGHTS and coder != "s":
             if (state_bits > 0) not in tokens:
                 tokens[state_bits > 0] = Tokens(state_bits > 0, coder == "m")
@@ -70,7 +76,6 @@ def decode_planes(data: bytes, planes: Sequence[tuple[int, int, int, int, int, i
             start[kind] = token_plane(reader, plane, width, taps, TRELLIS_CODES[state_bits], lanes, table, start[kind])
         elif plane.size:
             decisions(plane, kind, width, taps, state_bits)
-        result.append(plane)
     if reader.position != len(reader.words) or (reader.states != tables.STATE_LOW).any():
         raise CorruptFile("a symbol section does not end where its symbols end")
     return result
