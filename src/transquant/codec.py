@@ -199,7 +199,7 @@ def compress(
     `metric`: "kl", "mse", "weights" or "auto". `transform`: "auto" takes for each layer what costs least, its basis included;
     "identity", "dct", "klt", "elt" force one wherever it fits, over `axis` "kernel", "input", "output" or "joint" (None: the
     best of them). `coding`: "entropy", or "fixed" for bit depths a group of bands, packed (Young et al.). `coder`: "adaptive", or
-    "static" for tables that come with the weights and stay: decodes two to five times as fast, at most about 1 % larger.
+    "static" for tables that come with the weights and stay: decodes up to four times as fast, at most about 1 % larger.
     `feedback`: closed loop, or plain rounding of each coefficient. `trellis`: entropy-coded weights in the closed loop go along the
     best path of a trellis, or else each is rounded with a dead zone. `objective`: "macs" looks for layers that can be the product
     of two thin ones at little distortion, so that `install(model, mode="transform")` runs with at most the share `macs` of the
