@@ -60,7 +60,7 @@ class DctMaskOptions:
                 raise InputError(f"{name} is {getattr(self, name)!r}, allowed are {', '.join(map(str, allowed))}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DctMaskCoder:
     """A fitted coder. See `MapCoder`; `before` is False.
 
