@@ -18,13 +18,13 @@ from transquant.records import Limits
 from transquant.report import Report
 
 if TYPE_CHECKING:
-    from transquant import integrations, reader
+    from transquant import features, integrations, reader
     from transquant.codec import CompressedModel, compress, load
 
 __version__ = "0.1.0"
-__all__ = ["CompressedModel", "Limits", "Report", "__version__", "compress", "errors", "integrations", "load", "reader"]
+__all__ = ["CompressedModel", "Limits", "Report", "__version__", "compress", "errors", "features", "integrations", "load", "reader"]
 
-_LAZY = {"compress": "codec", "load": "codec", "CompressedModel": "codec", "reader": "", "integrations": ""}
+_LAZY = {"compress": "codec", "load": "codec", "CompressedModel": "codec", "reader": "", "features": "", "integrations": ""}
 
 
 def __dir__() -> list[str]:
