@@ -259,7 +259,7 @@ def test_payloads_are_as_large_as_the_model_says(rng, options):
 def test_values_that_cannot_be_coded_are_said(rng, options):
     samples = maps(rng, 2, 6, 4, 4)
     coder = fit(options, samples, relu(6), 0.05)
-    for value, word in ((np.nan, "NaN"), (np.inf, "infinite")):
+    for value, word in ((np.nan, "NaN"), (np.inf, "infinite"), (-np.inf, "infinite"), (2e30, "too large")):
         broken = samples.copy()
         broken[0, 3, 1, 2] = value
         with pytest.raises(InputError, match=rf"'block#0' has {word}"):
@@ -301,6 +301,20 @@ def test_damaged_states_are_refused(rng, options):
         for changed in (None, "x", -1, [1], float("nan")):
             with pytest.raises(CorruptFile):
                 module.from_state({**text, name: changed}, arrays)
+
+
+@every_option
+@pytest.mark.parametrize(("size", "c"), [(1e30, 1e-3), (1e30, 1e300), (1e-36, 1e-3), (1.0, 1e300), (1.0, 1e-300)])
+def test_the_largest_and_smallest_values_and_scalars(rng, options, size, c):
+    samples = maps(rng, 4, 9, 5, 5)
+    samples = (samples / np.abs(samples).max() * size).astype(np.float32)
+    coder = again(fit(options, samples, relu(9), c))
+    x = samples[0] if coder.before else np.maximum(samples[0], 0)
+    symbols = coder.quantize(x)
+    np.testing.assert_array_equal(coder.decode(coder.encode(symbols), 5, 5), symbols)
+    assert np.isfinite(coder.dequantize(symbols)).all()
+    if c == 1e300:
+        assert np.all(symbols == 0)
 
 
 # feature map transform coding

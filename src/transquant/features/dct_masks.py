@@ -23,19 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transquant.errors import CorruptFile, InputError
-from transquant.features.checks import (
-    LEAST_STEP,
-    map_of,
-    samples_of,
-    stored_array,
-    stored_choice,
-    stored_integer,
-    stored_number,
-    stored_step,
-)  # fmt: skip
+from transquant.features.checks import LEAST_STEP, MOST_C, map_of, samples_of
 from transquant.features.huffman import HuffmanTables, code_lengths, frequencies_of
 from transquant.features.masks import pack, population, unpack
 from transquant.features.records import Fit, FloatMap, IntMap, Point, Sensitivity
+from transquant.features.stored import stored_array, stored_choice, stored_integer, stored_number, stored_step
 
 Values = Literal["bytes", "huffman"]
 Order = Literal["given", "clustered"]
@@ -236,7 +228,7 @@ def fit_dct_masks(options: DctMaskOptions = DctMaskOptions()) -> Fit:
         values = point.activated(samples) if point.clips else samples
         signed = bool(values.min() < 0) or not point.clips
         largest = float(np.abs(values).max()) or 1.0
-        step = max(c * largest * (2 if signed else 1), largest / (_SIGNED if signed else _UNSIGNED), LEAST_STEP)
+        step = max(min(c, MOST_C) * largest * (2 if signed else 1), largest / (_SIGNED if signed else _UNSIGNED), LEAST_STEP)
         order = _clustered(values, options.block) if options.order == "clustered" else None
         sparse = DctMaskCoder(point.name, point.channels, False, False, signed, options.block, step, point.low, point.high, order)
         dense = replace(sparse, dct=True)

@@ -24,18 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transquant.errors import CorruptFile, InputError
-from transquant.features.checks import (
-    LEAST_STEP,
-    map_of,
-    samples_of,
-    stored_array,
-    stored_choice,
-    stored_integer,
-    stored_number,
-    stored_step,
-)  # fmt: skip
+from transquant.features.checks import LEAST_STEP, MOST_C, map_of, samples_of
 from transquant.features.huffman import MAX_LENGTH, HuffmanTables, frequencies_of
 from transquant.features.records import Fit, FloatMap, IntMap, Point, Sensitivity
+from transquant.features.stored import stored_array, stored_choice, stored_integer, stored_number, stored_step
 from transquant.transforms.fit import klt
 
 Transform = Literal["none", "pca", "pca-q", "pca-t"]
@@ -189,7 +181,7 @@ def scalar_of(bits: float) -> float:
 
 
 def fit_pca(options: PcaOptions = PcaOptions()) -> Fit:
-    """A fit of this method. The scalar c is the step in parts of the layer's range, c = 1 / (2^b − 2), at least `LEAST_C`; the
+    """A fit of this method. The scalar c is the step in parts of the layer's range, c = 1 / (2^b − 2), from `LEAST_C` on; the
     sensitivity is not used, as the paper knows none. Maps of points that do not clip are coded as they are given."""
 
     def fit(samples: FloatMap, point: Point, sensitivity: Sensitivity, c: float) -> PcaCoder:
@@ -207,7 +199,7 @@ def fit_pca(options: PcaOptions = PcaOptions()) -> Fit:
                 basis = codebook[_nearest(codebook, basis)]
         coeffs = [_analysed(x, mean, basis) for x in samples]
         low, high = float(min(p.min() for p in coeffs)), float(max(p.max() for p in coeffs))
-        step = max(max(c, LEAST_C) * (high - low), LEAST_STEP)
+        step = max(min(max(c, LEAST_C), MOST_C) * (high - low), LEAST_STEP)
         levels = int(np.rint((high - low) / step)) + 1
         zeros = np.zeros(coeffs[0].shape[0], np.float32)
         draft = PcaCoder(
