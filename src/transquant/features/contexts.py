@@ -19,16 +19,22 @@ from numpy.typing import NDArray
 from transquant.entropy import tables as rans_tables
 from transquant.entropy.rans import code_plain, log_event, rans_encode, take_event
 from transquant.errors import CorruptFile
-from transquant.features.records import FloatMap, IntMap
+from transquant.features.records import IntMap
 
 TOKENS, ESCAPE, MIDDLE = 32, 31, 15  # symbol − p from −15 to 15, and all else
-BINS, CLASSES = 20, 12  # of s; of μ: four within p = 0, p = 1, and p > 1 each (maps of any sign: the last four)
+BINS, CLASSES = (
+    24,
+    12,
+)  # of s, each a third wider than the last; of μ: four within p = 0, p = 1, and p > 1 each (maps of any sign: the last four)
 AROUND, TAPS, REFERENCES = 6, 3, 2
-LUT, LUT_SHIFT = 1024, 2  # entries of the table from s to its bin, and how much of s an entry spans
+LUT, LUT_SHIFT = 2048, 1  # entries of the table from s to its bin, and how much of s an entry spans
 LANES, SMALL = 4, 4096  # lanes of rANS; below so many symbols one
 LONGEST = 21  # bits of an escaped symbol
 COARSE = 6  # a table's first guess at a token: by the upper 8 of 14 bits
 _ONE = rans_tables.P_ONE
+# borders in s, in units of 1/256 symbol
+CUTS = (2, 4, 7, 11, 16, 23, 32, 43, 57, 75, 98, 128, 167, 218, 285, 372, 485, 632, 824, 1074, 1400, 1825, 2379)
+BIN_OF = np.searchsorted(np.array(CUTS), np.arange(LUT) << LUT_SHIFT, side="right").astype(np.uint8)
 
 Int16 = NDArray[np.int16]
 
@@ -47,24 +53,21 @@ class Predictor:
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """`begins` uint16 (CLASSES · BINS, TOKENS + 1), cumulative in units of 2^-14; `bins` uint8 (LUT,)."""
+    """`begins` uint16 (CLASSES · BINS, TOKENS + 1), cumulative in units of 2^-14."""
 
     begins: NDArray[np.uint16]
-    bins: NDArray[np.uint8]
     first: NDArray[np.uint8]  # (CLASSES · BINS, 256): the token in which such a state's upper bits begin
 
     @classmethod
-    def of(cls, begins: NDArray[np.uint16], bins: NDArray[np.uint8]) -> Tables:
+    def of(cls, begins: NDArray[np.uint16]) -> Tables:
         """With the lookup that decoding uses. Raises CorruptFile where they are no tables."""
         wide = begins.astype(np.int64)
         shape = (CLASSES * BINS, TOKENS + 1)
-        if begins.shape != shape or bins.shape != (LUT,) or wide[:, 0].any() or (wide[:, -1] != _ONE).any() or (np.diff(wide) < 1).any():
+        if begins.shape != shape or wide[:, 0].any() or (wide[:, -1] != _ONE).any() or (np.diff(wide) < 1).any():
             raise CorruptFile("a feature codec's tables are not cumulative frequencies")
-        if bins.max(initial=0) >= BINS:
-            raise CorruptFile("a feature codec's table of bins goes too far")
         starts = np.arange(256) << COARSE
         first = np.array([np.searchsorted(row, starts, side="right") - 1 for row in wide], np.uint8)
-        return cls(begins, bins, first)
+        return cls(begins, first)
 
     @property
     def bits(self) -> NDArray[np.float64]:
@@ -101,7 +104,9 @@ def code_map(  # type: ignore[no-untyped-def]
                 i = x + 2
                 mu = np.int64(m[0]) + m[1] * row[i - 1] + m[2] * above[i] + m[3] * above[i - 1] + m[4] * above[i + 1]
                 mu += m[5] * row[i - 2] + m[6] * above2[i]
-                sigma = np.int64(s[0]) + s[1] * rest[i - 1] + s[2] * rest_above[i] + s[3] * rest_above[i - 1] + s[4] * rest_above[i + 1]
+                sigma = (
+                    np.int64(s[0]) + s[1] * rest[i - 1] + s[2] * rest_above[i] + s[3] * rest_above[i - 1] + s[4] * rest_above[i + 1]
+                )
                 if first_reference >= 0:
                     other = plane[first_reference]
                     mu += m[7] * other[y + 2, i] + m[8] * other[y + 2, i - 1] + m[9] * other[y + 1, i]
@@ -121,12 +126,10 @@ def code_map(  # type: ignore[no-untyped-def]
                 entry = 0 if entry < 0 else (LUT - 1 if entry >= LUT else entry)
                 table = kind * BINS + bins[entry]
                 symbol = np.int64(symbols[k, y, x])
-                token = 0
                 lane = x & (lanes - 1)
-                if not decoding:
-                    token = symbol - p + MIDDLE
-                    if token < 0 or token >= ESCAPE:
-                        token = ESCAPE
+                token = symbol - p + MIDDLE
+                if token < 0 or token >= ESCAPE:
+                    token = np.int64(ESCAPE)
                 if counting:
                     seen[table, token] += 1
                 elif decoding:
@@ -158,7 +161,9 @@ def code_map(  # type: ignore[no-untyped-def]
                         left = length - 1
                         while left > 0:
                             part = min(left, 14)
-                            piece = code_plain(decoding, (folded >> (left - part)) & ((1 << part) - 1), part, lane, states, words, log, cursor)
+                            piece = code_plain(
+                                decoding, (folded >> (left - part)) & ((1 << part) - 1), part, lane, states, words, log, cursor
+                            )
                             value = (value << part) | piece
                             left -= part
                         if decoding:
@@ -185,7 +190,7 @@ def encode(symbols: IntMap, predictor: Predictor, tables: Tables) -> bytes:
     lanes = _lanes(symbols.size)
     log, cursor = np.empty(4 * symbols.size, np.uint64), np.zeros(3, np.int64)  # an escape is four events at most
     code_map(
-        False, symbols, predictor.mean, predictor.scale, predictor.references, predictor.nonnegative, tables.begins, tables.bins,
+        False, symbols, predictor.mean, predictor.scale, predictor.references, predictor.nonnegative, tables.begins, BIN_OF,
         tables.first, lanes, _NO_STATES, _NO_WORDS, log, cursor, _NO_COUNTS, False,
     )  # fmt: skip
     states, words = rans_encode(log, cursor[0], lanes)
@@ -201,10 +206,12 @@ def decode(data: bytes, shape: tuple[int, int, int], predictor: Predictor, table
     states = np.frombuffer(data, "<u4", lanes).astype(np.uint32)
     if int(states.min()) < rans_tables.STATE_LOW:
         raise CorruptFile("an initial state of a feature map's payload is out of range")
-    words = np.concatenate([np.frombuffer(data, "<u2", offset=4 * lanes), np.zeros(rans_tables.SPARE_WORDS, "<u2")]).astype(np.uint16)
+    words = np.concatenate([np.frombuffer(data, "<u2", offset=4 * lanes), np.zeros(rans_tables.SPARE_WORDS, "<u2")]).astype(
+        np.uint16
+    )
     cursor = np.zeros(3, np.int64)
     code_map(
-        True, symbols, predictor.mean, predictor.scale, predictor.references, predictor.nonnegative, tables.begins, tables.bins,
+        True, symbols, predictor.mean, predictor.scale, predictor.references, predictor.nonnegative, tables.begins, BIN_OF,
         tables.first, lanes, states, words, _NO_LOG, cursor, _NO_COUNTS, False,
     )  # fmt: skip
     if cursor[2] or cursor[1] != len(words) - rans_tables.SPARE_WORDS or (states != rans_tables.STATE_LOW).any():
@@ -212,17 +219,17 @@ def decode(data: bytes, shape: tuple[int, int, int], predictor: Predictor, table
     return symbols
 
 
-def count(symbols: IntMap, predictor: Predictor, bins: NDArray[np.uint8]) -> NDArray[np.int64]:
+def count(symbols: IntMap, predictor: Predictor) -> NDArray[np.int64]:
     """What each table meets in symbols int32 (K, H, W): int64 (CLASSES · BINS, TOKENS + 1), at last the bits of escapes."""
     seen, begins = np.zeros((CLASSES * BINS, TOKENS + 1), np.int64), np.zeros((1, 1), np.uint16)
     code_map(
-        False, symbols, predictor.mean, predictor.scale, predictor.references, predictor.nonnegative, begins, bins,
+        False, symbols, predictor.mean, predictor.scale, predictor.references, predictor.nonnegative, begins, BIN_OF,
         np.zeros((1, 1), np.uint8), 1, _NO_STATES, _NO_WORDS, _NO_LOG, np.zeros(3, np.int64), seen, True,
     )  # fmt: skip
     return seen
 
 
-def learned(seen: NDArray[np.int64], bins: NDArray[np.uint8]) -> Tables:
+def learned(seen: NDArray[np.int64]) -> Tables:
     """Tables from counts (CLASSES · BINS, TOKENS + 1): tables that met little lean on all of their class."""
     counts = seen[:, :TOKENS].astype(np.float64).reshape(CLASSES, BINS, TOKENS)
     whole = counts.sum(1, keepdims=True) + 0.1
@@ -233,14 +240,4 @@ def learned(seen: NDArray[np.int64], bins: NDArray[np.uint8]) -> Tables:
     share = share.reshape(-1, TOKENS)
     share[np.arange(len(share)), share.argmax(1)] += _ONE - share.sum(1)
     begins = np.concatenate([np.zeros((len(share), 1), np.int64), np.cumsum(share, 1)], 1).astype(np.uint16)
-    return Tables.of(begins, bins)
-
-
-def fit_bins(scales: FloatMap) -> NDArray[np.uint8]:
-    """Borders between bins, by how often s (in units of 1/256) occurs and by its logarithm, half each."""
-    entries = np.clip(scales / (1 << LUT_SHIFT), 0, LUT - 1)
-    logs = np.log2(entries + 1)
-    inner = np.linspace(0, 1, BINS + 1)[1:-1]
-    even = np.linspace(*np.quantile(logs, (0.001, 0.999)), BINS + 1)[1:-1]
-    cuts = np.sort((np.quantile(logs, inner) + even) / 2)
-    return np.searchsorted(cuts, np.log2(np.arange(LUT) + 1.0)).astype(np.uint8)
+    return Tables.of(begins)

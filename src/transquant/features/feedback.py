@@ -1,9 +1,10 @@
 """Rounding with the errors of what has been rounded fed forward, over channels and over pixels, compiled.
 
-With second moments G of the gradient over channels and A over pixels an error e costs about tr(G e A eᵀ). G = U D Uᵀ (U unit upper)
-turns e into e_k + Σ_{j<k} U[j, k] e_j, and the gradient's prediction a from a pixel's later neighbours turns that into residuals
-r_i = e_i + Σ a r_{i − neighbour} whose cost is Σ d r²: error diffusion (Floyd and Steinberg 1976) with the weights that the end-to-end
-metric asks for. A value is rounded so that its own residual is least. No basis is sent, and a decoder needs none of this.
+With second moments G of the gradient over channels and A over pixels an error e costs about tr(G e A eᵀ). G = U D Uᵀ (U unit
+upper) turns e into e_k + Σ_{j<k} U[j, k] e_j, and the gradient's prediction a from a pixel's later neighbours turns that into
+residuals r_i = e_i + Σ a r_{i − neighbour} whose cost is Σ d r²: error diffusion (Floyd and Steinberg 1976) with the weights that
+the end-to-end metric asks for. A value is rounded so that its own residual is least. No basis is sent, and a decoder needs none
+of this.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ def shifted(maps: NDArray[np.float32], dy: int, dx: int) -> NDArray[np.float32]:
     return result
 
 
-def fit_predictor(symbols: IntMap, nonnegative: bool) -> tuple[Predictor, NDArray[np.float32]]:
-    """A predictor for the planes of maps int32 (N, K, H, W), and what it makes of some symbols' scales, in units of 1/256."""
+def fit_predictor(symbols: IntMap, nonnegative: bool) -> Predictor:
+    """A predictor for the planes of maps int32 (N, K, H, W)."""
     num, planes, height, width = symbols.shape
     bounded = np.clip(symbols, -255, 255).astype(np.float32)
     rng = np.random.default_rng(0)
@@ -52,16 +52,14 @@ def fit_predictor(symbols: IntMap, nonnegative: bool) -> tuple[Predictor, NDArra
     whole = _rests(bounded, mean, references, nonnegative)
     around = [taken(shifted(whole, *o)).astype(np.float64) for o in OFFSETS[:4]]
     own = taken(whole).astype(np.float64)
-    scale, scales = np.zeros((planes, 1 + 4 + REFERENCES)), np.empty_like(target)
+    scale = np.zeros((planes, 1 + 4 + REFERENCES))
     for k in range(planes):
         rows = [np.ones((1, len(pixels))), *(a[k][None] for a in around), *(own[r][None] for r in references[k] if r >= 0)]
         features = np.concatenate(rows)
         weights = np.maximum(_solve(features[None], own[k][None])[0], 0)
         weights *= own[k].mean() / max(float((weights @ features).mean()), 1e-9)
         scale[k, : len(weights)] = weights
-        scales[k] = weights @ features
-    predictor = Predictor(_integers(mean), _integers(scale), references.astype(np.int16), nonnegative)
-    return predictor, (UNIT * scales).astype(np.float32).reshape(-1)
+    return Predictor(_integers(mean), _integers(scale), references.astype(np.int16), nonnegative)
 
 
 def _rests(maps: NDArray[np.float32], mean: Float64, references: NDArray[np.int64], nonnegative: bool) -> NDArray[np.float32]:
@@ -84,7 +82,7 @@ def _references(rest: Float64, target: Float64) -> NDArray[np.int64]:
     planes = len(target)
     centred = target - target.mean(1, keepdims=True)
     norms = np.linalg.norm(centred, axis=1) + 1e-9
-    cross = np.abs((rest - rest.mean(1, keepdims=True)) @ centred.T) / norms
+    cross: Float64 = np.abs((rest - rest.mean(1, keepdims=True)) @ centred.T) / norms
     cross /= np.linalg.norm(rest, axis=1)[:, None] + 1e-9
     result = np.full((planes, REFERENCES), -1)
     for k in range(1, planes):
@@ -97,9 +95,8 @@ def _references(rest: Float64, target: Float64) -> NDArray[np.int64]:
 def _solve(features: Float64, target: Float64) -> Float64:
     """Least squares for each of (K, F, P) features and (K, P) targets: (K, F)."""
     gram = features @ features.transpose(0, 2, 1)
-    gram += np.eye(gram.shape[1]) * (RIDGE * gram[:, :1, :1] + 1e-9)
-    solution: Float64 = np.linalg.solve(gram, features @ target[:, :, None])[:, :, 0]
-    return solution
+    gram = gram + np.eye(gram.shape[1]) * (RIDGE * gram[:, :1, :1] + 1e-9)
+    return np.asarray(np.linalg.solve(gram, features @ target[:, :, None])[:, :, 0], np.float64)
 
 
 def _integers(weights: Float64) -> NDArray[np.int16]:
