@@ -5,8 +5,8 @@
 
 After the activation. N-bit masks of blocks of N channels, last block filled up with zeros. Each layer has what calibration
 samples cost least in: J = bits + λ · squared error, λ = 6 / (ln 2 · step²), the slope of uniform quantization at high rate. S and
-T have the same step, and so, where nothing saturates, the same error; where T's coefficients would, T with a step large enough is
-tried as well. With the mask of zeros those are restored exactly; what lies beyond where the activation clips is clipped.
+T are tried at the same step; where T's coefficients would saturate at it, T with a step large enough is tried as well. With the
+mask of zeros those are restored exactly; what lies beyond where the activation clips is clipped.
 `values="huffman"`, an option of ours: the others' size classes (how many bits a magnitude has) by a Huffman code, then sign and
 remaining bits.
 """

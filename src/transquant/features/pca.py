@@ -1,4 +1,4 @@
-"""Feature map transform coding (Chmiel, Baskin et al., arXiv 1905.10830, sections III and IV): PCA, one step, Huffman codes.
+"""Feature map transform coding (Chmiel, Baskin et al., arXiv 1905.10830, and its public code): PCA, one step, Huffman codes.
 
     x − mean ─ Uᵀ ─ (· − low) / step, rounded ─ symbols ─ one Huffman table ─ payload        before the ReLU; the mirror after it
 
