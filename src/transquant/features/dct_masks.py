@@ -23,15 +23,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transquant.errors import CorruptFile, InputError
-from transquant.features.checks import LEAST_STEP, MOST_C, map_of, samples_of
+from transquant.features.checks import (
+    LEAST_STEP,
+    map_of,
+    samples_of,
+    stored_array,
+    stored_choice,
+    stored_integer,
+    stored_number,
+    stored_step,
+)
 from transquant.features.huffman import HuffmanTables, code_lengths, frequencies_of
 from transquant.features.masks import pack, population, unpack
 from transquant.features.records import Fit, FloatMap, IntMap, Point, Sensitivity
-from transquant.features.stored import stored_array, stored_choice, stored_integer, stored_number, stored_step
 
 Values = Literal["bytes", "huffman"]
 Order = Literal["given", "clustered"]
 BLOCKS = (4, 8, 16, 32)
+MOST_C = 4096.0  # above it nothing is left of any map
 _SIGNED, _UNSIGNED = 127, 255  # largest magnitudes
 _CLASSES = {True: 7, False: 8}
 _MOST = 1 << 20
@@ -219,8 +228,8 @@ def from_state(settings: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) ->
 
 
 def fit_dct_masks(options: DctMaskOptions = DctMaskOptions()) -> Fit:
-    """A fit of this method. The scalar c is the step in parts of the layer's range, of maps that do not clip to 0 twice the largest
-    magnitude; 1 / 255 is 8 bits, and the step is never below that. The sensitivity is not used."""
+    """A fit of this method. The scalar c is the step in units of the layer's 8-bit step: max / 255 of maps that clip to 0,
+    max |x| / 127 of others; it is 1 at least, as 8 bits are all there are. The sensitivity is not used."""
 
     def fit(samples: FloatMap, point: Point, sensitivity: Sensitivity, c: float) -> DctMaskCoder:
         """A coder of samples float32 (N, C, H, W). Raises InputError."""
@@ -228,7 +237,7 @@ def fit_dct_masks(options: DctMaskOptions = DctMaskOptions()) -> Fit:
         values = point.activated(samples) if point.clips else samples
         signed = bool(values.min() < 0) or not point.clips
         largest = float(np.abs(values).max()) or 1.0
-        step = max(min(c, MOST_C) * largest * (2 if signed else 1), largest / (_SIGNED if signed else _UNSIGNED), LEAST_STEP)
+        step = max(min(max(c, 1), MOST_C) * largest / (_SIGNED if signed else _UNSIGNED), LEAST_STEP)
         order = _clustered(values, options.block) if options.order == "clustered" else None
         sparse = DctMaskCoder(point.name, point.channels, False, False, signed, options.block, step, point.low, point.high, order)
         dense = replace(sparse, dct=True)

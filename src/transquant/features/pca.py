@@ -24,15 +24,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transquant.errors import CorruptFile, InputError
-from transquant.features.checks import LEAST_STEP, MOST_C, map_of, samples_of
+from transquant.features.checks import (
+    LEAST_STEP,
+    map_of,
+    samples_of,
+    stored_array,
+    stored_choice,
+    stored_integer,
+    stored_number,
+    stored_step,
+)
 from transquant.features.huffman import MAX_LENGTH, HuffmanTables, frequencies_of
 from transquant.features.records import Fit, FloatMap, IntMap, Point, Sensitivity
-from transquant.features.stored import stored_array, stored_choice, stored_integer, stored_number, stored_step
 from transquant.transforms.fit import klt
 
 Transform = Literal["none", "pca", "pca-q", "pca-t"]
 Tables = Literal["layer", "component"]
-LEAST_C = 2.0**-14
+LEAST_C, MOST_C = 2.0**-14, 16.0  # finer, there are more symbols than codes; coarser, one
 CODEWORDS = 256
 _ROUNDS = 30  # of k-means
 _COUNTS_A_SYMBOL = 16  # of a component, for a table of its own
@@ -181,7 +189,7 @@ def scalar_of(bits: float) -> float:
 
 
 def fit_pca(options: PcaOptions = PcaOptions()) -> Fit:
-    """A fit of this method. The scalar c is the step in parts of the layer's range, c = 1 / (2^b − 2), from `LEAST_C` on; the
+    """A fit of this method. The scalar c is the step in parts of the layer's range, c = 1 / (2^b − 2), within bounds; the
     sensitivity is not used, as the paper knows none. Maps of points that do not clip are coded as they are given."""
 
     def fit(samples: FloatMap, point: Point, sensitivity: Sensitivity, c: float) -> PcaCoder:
