@@ -74,7 +74,7 @@ def test_codec_files_that_lie():
         (lambda top, arrays: top.update(version=2), UnsupportedVersion, "version 2"),
         (lambda top, arrays: top.update(version=0), CorruptFile, "version"),
         (lambda top, arrays: top.update(kind="soup"), CorruptFile, "kind 'soup'"),
-        (lambda top, arrays: top["content"].update(more=1), CorruptFile, "points and settings"),
+        (lambda top, arrays: top["content"].update(more=1), CorruptFile, "points, settings and shared arrays"),
         (lambda top, arrays: top["content"].update(points={}), CorruptFile, "expected a list"),
         (lambda top, arrays: arrays.update({"99/steps": np.ones(3)}), CorruptFile, "belongs to none of the 8 points"),
         (lambda top, arrays: arrays.update({"steps": np.ones(3)}), CorruptFile, "belongs to none"),

@@ -2,7 +2,8 @@
 
     {"transquant": {"kind": "feature codec", "version": 1, "sha256": …, "content": {"points": […], "settings": {…}}}}
 
-The hash is over the content and the arrays: it finds damage, and its first four bytes are in every packet.
+An array that several points share is stored with the first of them; "shared" of the content has {name: where it is}. The hash is
+over the content and the arrays: it finds damage, and its first four bytes are in every packet.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ def codec_bytes(coders: Sequence[tuple[Point, MapCoder]], settings: Mapping[str,
         for name, value in state.items():
             if value.dtype.str[1:] not in _DTYPES or _ARRAY.fullmatch(f"{number}/{name}") is None:
                 raise InputError(f"array {name!r} of the coder at {point.name!r} is {value.dtype}, which a codec file cannot hold")
+    shared = _take_out_shared(arrays)
     try:
-        content = json.loads(_canonical({"points": points, "settings": settings}))
+        content = json.loads(_canonical({"points": points, "settings": settings, "shared": shared}))
     except (TypeError, ValueError) as error:
         raise InputError(f"the settings of a codec must be what JSON can hold: {error}") from None
     digest = _digest(content, arrays)
@@ -69,8 +71,13 @@ def read_codec(data: bytes) -> tuple[list[tuple[Point, MapCoder]], dict[str, Any
     content = top.get("content")
     if not isinstance(content, dict) or top.get("sha256") != _digest(content, arrays).hex():
         raise CorruptFile("the codec file is damaged: its hash does not match")
-    if not isinstance(content.get("settings"), dict) or set(content) != {"points", "settings"}:
-        raise CorruptFile("the content of a codec file must be points and settings")
+    parts = [content.get(name) for name in ("settings", "shared")]
+    if not all(isinstance(part, dict) for part in parts) or set(content) != {"points", "settings", "shared"}:
+        raise CorruptFile("the content of a codec file must be points, settings and shared arrays")
+    for name, place in content["shared"].items():
+        if name in arrays or not isinstance(place, str) or place not in arrays:
+            raise CorruptFile(f"array {short(name)} of a codec file is said to be {short(place)}, which it cannot be")
+    arrays |= {name: arrays[place] for name, place in content["shared"].items()}
     by_point: dict[int, dict[str, np.ndarray]] = {}
     rows = items(content["points"], "the list of points", most=MAX_POINTS)
     for name, value in arrays.items():
@@ -80,6 +87,18 @@ def read_codec(data: bytes) -> tuple[list[tuple[Point, MapCoder]], dict[str, Any
         by_point.setdefault(int(match[1]), {})[match[2]] = value
     coders = [_coder(row, by_point.get(number, {})) for number, row in enumerate(rows)]
     return coders, content["settings"]
+
+
+def _take_out_shared(arrays: dict[str, np.ndarray]) -> dict[str, str]:
+    """Remove arrays that are there already, and say by name where."""
+    places: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+    shared = {}
+    for name, value in list(arrays.items()):
+        place = places.setdefault((value.dtype.str, value.shape, value.tobytes()), name)
+        if place != name:
+            shared[name] = place
+            del arrays[name]
+    return shared
 
 
 def _arrays(data: bytes) -> dict[str, np.ndarray]:

@@ -42,7 +42,7 @@ class _Calls(TorchFunctionMode):
         super().__init__()
         self.replace, self.path = replace, [""]
         self.calls: dict[str, int] = {}
-        self.last_axis, self.inside = -1, False
+        self.last_axis, self.inside = 0, False
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         options = kwargs or {}
@@ -63,7 +63,7 @@ class _Calls(TorchFunctionMode):
         path = self.path[-1]
         number = self.calls.get(path, 0)
         self.calls[path] = number + 1
-        axis = 1 if tensor.ndim in (2, 4) else self.last_axis % tensor.ndim
+        axis = self.last_axis % tensor.ndim or (tensor.ndim - 1 if tensor.ndim == 3 else 1)
         low, high = CLIPS.get(name, (None, None))
         point = Point(f"{path}#{number}", name, axis, tensor.shape[axis], low, high)
         in_place = bool(options.get("inplace")) or func in (torch.relu_, functional.relu_, Tensor.relu_, functional.hardtanh_)

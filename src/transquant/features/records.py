@@ -48,10 +48,13 @@ class Sensitivity:
 
     `channels` float64 (C, C): E[g gᵀ] summed over a sample's pixels / their number, so that an error e (C, H, W) that is white
     over pixels costs Σ_pixels eᵀ·channels·e. `neighbours` float64 (C, 5, 5): of each channel, E of products of the gradients at a
-    pixel and at its neighbours right, below, below right, below left, in the same unit."""
+    pixel and at its neighbours right, below, below right, below left, in the same unit. `mean` float64 (C,) and `covariance`
+    float64 (C, C): of what goes into the activation where it clips, else of its result, over pixels of the float network."""
 
     channels: NDArray[np.float64]
     neighbours: NDArray[np.float64]
+    mean: NDArray[np.float64]
+    covariance: NDArray[np.float64]
 
 
 class MapCoder(Protocol):
