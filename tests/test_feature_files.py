@@ -69,6 +69,13 @@ def test_codec_files_that_lie():
     def point(**changes):
         return lambda top, arrays: top["content"]["points"][0].update(changes)
 
+    def instead(number, array):
+        def change(top, arrays):
+            del top["content"]["shared"][f"{number}/steps"]
+            arrays[f"{number}/steps"] = array
+
+        return change
+
     cases = [
         (lambda top, arrays: None, None, ""),
         (lambda top, arrays: top.update(version=2), UnsupportedVersion, "version 2"),
@@ -78,8 +85,12 @@ def test_codec_files_that_lie():
         (lambda top, arrays: top["content"].update(points={}), CorruptFile, "expected a list"),
         (lambda top, arrays: arrays.update({"99/steps": np.ones(3)}), CorruptFile, "belongs to none of the 8 points"),
         (lambda top, arrays: arrays.update({"steps": np.ones(3)}), CorruptFile, "belongs to none"),
-        (lambda top, arrays: arrays.pop("3/steps"), CorruptFile, "cannot be made again: KeyError"),
-        (lambda top, arrays: arrays.update({"3/steps": np.ones((2, 5), np.float32)}), CorruptFile, "does not fit its 8"),
+        (lambda top, arrays: top["content"]["shared"].pop("3/steps"), CorruptFile, "cannot be made again: KeyError"),
+        (instead(3, np.ones((2, 5), np.float32)), CorruptFile, "does not fit its 8"),
+        (lambda top, arrays: top["content"]["shared"].update({"3/steps": "99/steps"}), CorruptFile, "cannot be"),
+        (lambda top, arrays: top["content"]["shared"].update({"3/steps": ["0/steps"]}), CorruptFile, "cannot be"),
+        (lambda top, arrays: top["content"]["shared"].update({"0/steps": "0/steps"}), CorruptFile, "cannot be"),
+        (lambda top, arrays: top["content"].update(shared=[]), CorruptFile, "points, settings and shared arrays"),
         (point(kind="fractal"), UnsupportedVersion, "'fractal', which needs a newer version"),
         (point(channels=9), CorruptFile, "cannot be made again"),
         (point(channels=-1), CorruptFile, "channels is -1"),

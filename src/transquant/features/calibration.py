@@ -30,7 +30,7 @@ Progress = Callable[[str, int, int], None]
 VALUES = 1 << 23  # of the largest map, over all samples that coders are fitted on
 LEAST_SAMPLES, MOST_SAMPLES = 8, 64
 TRIES = 9
-CLOSE = 0.004  # of the asked bits a value, below it
+CLOSE = 0.01  # of the asked bits a value, below it
 FEWEST, MOST = 0.01, 16.0  # bits a value that can be asked for
 
 
@@ -50,7 +50,7 @@ def calibrate(
     """A codec for all feature maps of a network: results of its activation functions, wherever it calls them.
 
     `calibration`: any iterable of batches, as for `compress`; labels are not used. Exactly one target: `bits_per_value`, bytes of
-    all packets · 8 / values of all maps, on calibration samples, met from below within half a per cent; or
+    all packets · 8 / values of all maps, on calibration samples, met from below within a per cent; or
     `max_drop=(evaluate, points)`, the coarsest codec with which `evaluate(model) -> float`, higher is better, loses no more.
     `method`: "auto", the project's own (features/predictive.py); "pca", "pca-quantized", "pca-truncated", "none": feature map
     transform coding as published (Chmiel et al., arXiv 1905.10830) and its modes; "dct-cm": DCT over channels with masks (Shi et

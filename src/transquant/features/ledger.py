@@ -86,8 +86,13 @@ class Ledger:
         """All points together; `samples`: those that passed the first of them."""
         total = Row("total", "", "", samples=self.points[0].samples if self.points else 0)
         for row in self.points:
-            for name in ("values", "bytes", "ideal_bits", "zeros", "coded_zeros", "signal", "noise"):
-                setattr(total, name, getattr(total, name) + getattr(row, name))
+            total.values += row.values
+            total.bytes += row.bytes
+            total.ideal_bits += row.ideal_bits
+            total.zeros += row.zeros
+            total.coded_zeros += row.coded_zeros
+            total.signal += row.signal
+            total.noise += row.noise
         return total
 
     @property

@@ -1,0 +1,132 @@
+"""Feature maps of three networks: real bits a value against the score, beside the published ways of coding them.
+
+    python benchmarks/features.py                                  # everything; resumes where it stopped
+    python benchmarks/features.py --networks resnet20 --methods auto --fresh    # again, these only
+
+Every map that an activation function makes is coded, one packet a sample and map, headers and checksums counted; the network goes
+on with what comes out of the packets. Networks, splits and scores are those of main_job.py: ResNet-20 calibrated on 2,048 training
+images and scored on all test images, SqueezeNet and MobileNetV1 on one half of the sample and scored on the other, both ways.
+"auto, 8-bit weights": the network's weights are a compressed file of fixed 8-bit codes, and the drop is still against float.
+Writes features.json and the tables in docs/features.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import transquant as tq
+from main_job import TITLES, folds, score
+from networks import logits, network
+from pages import insert_table
+from peers_tables import bytes_at, curve
+from transquant import features
+
+RATES = {
+    "auto": {"resnet20": (1.5, 1.2, 1.8), "squeezenet": (1.4, 1.1, 1.8), "mobilenet": (2.8, 2.4, 3.2)},
+    "auto, 8-bit weights": {"resnet20": (1.5,), "squeezenet": (1.4,), "mobilenet": (2.8,)},
+    "pca": {"resnet20": (3.0, 2.5, 3.5), "squeezenet": (3.0, 2.5, 3.5), "mobilenet": (4.5, 4.0, 5.0)},
+    "dct-cm": {"resnet20": (2.8, 2.4, 3.2), "squeezenet": (2.8, 2.4, 3.2), "mobilenet": (4.0, 3.5, 4.5)},
+}
+LABELS = {
+    "auto": "transquant", "auto, 8-bit weights": "transquant, 8-bit weights", "pca": "PCA + Huffman, as published",
+    "dct-cm": "DCT-CM, reconstructed",
+}  # fmt: skip
+DROPS = {"resnet20": (0.5, 1.0), "squeezenet": (0.5, 1.5), "mobilenet": (0.5, 1.0)}
+Row = dict[str, Any]
+
+
+def run(name: str, method: str, bits: float) -> Row:
+    """One row, over the network's folds."""
+    drops, kls, sizes, values, codecs, seconds = [], [], 0, 0, [], []
+    for calibration, images, labels in folds(name):
+        model = network(name)
+        reference = logits(model, images, 100)
+        start = time.perf_counter()
+        if "8-bit" in method:
+            model = tq.compress(model, calibration, bits=8.0, coding="fixed", effort=1).install(copy.deepcopy(model))
+        codec = features.calibrate(model, [calibration], bits_per_value=bits, method=method.partition(",")[0])
+        seconds.append(time.perf_counter() - start)
+        with codec.attach(model) as ledger:
+            drop, kl = score(model, reference, images, labels)
+        drops.append(drop)
+        kls.append(kl)
+        codecs.append(len(codec.data))
+        sizes, values = sizes + ledger.bytes, values + ledger.values
+    drop = 100 * torch.cat(drops)
+    return {
+        "network": name, "method": method, "asked": bits, "bits_per_value": 8 * sizes / values, "drop": drop.mean().item(),
+        "standard_error": drop.std().item() / len(drop) ** 0.5, "kl": sum(kls) / len(kls), "bytes_per_image": sizes / len(drop),
+        "codec_bytes": max(codecs), "calibration_seconds": max(seconds),
+    }  # fmt: skip
+
+
+def table(rows: list[Row]) -> str:
+    """All rows as Markdown."""
+    heads = ("network", "method", "bits/value", "against 8 bits", "drop ± s.e., points", "KL, nats", "bytes an image", "codec file")
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for row in rows:
+        lines.append(
+            f"| {TITLES[row['network']]} | {LABELS[row['method']]} | **{row['bits_per_value']:.2f}** | "
+            f"{8 / row['bits_per_value']:.1f} × | {row['drop']:.2f} ± {row['standard_error']:.2f} | {row['kl']:.4f} | "
+            f"{row['bytes_per_image']:,.0f} | {row['codec_bytes'] / 1000:,.0f} KB |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def at_equal_kl(rows: list[Row]) -> str:
+    """Bits a value of the ways at equal KL divergence, which has less noise than the score, as Markdown."""
+    ways = ("auto", "pca", "dct-cm")
+    heads = ("network", "KL, nats", *(LABELS[w] for w in ways), "transquant / PCA + Huffman")
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for name in dict.fromkeys(r["network"] for r in rows):
+        for value in (0.01, 0.02, 0.05):
+            sizes = {}
+            for way in ways:
+                own = [r for r in rows if (r["network"], r["method"]) == (name, way)]
+                sizes[way] = (
+                    bytes_at(curve([{"bytes": r["bits_per_value"], "kl": r["kl"]} for r in own], "kl"), value) if own else None
+                )
+            cells = [f"{s:.2f}" if s else "–" for s in sizes.values()]
+            ratio = sizes["auto"] / sizes["pca"] if sizes["auto"] and sizes["pca"] else None
+            lines.append(f"| {TITLES[name]} | {value:g} | {' | '.join(cells)} | {f'**{ratio:.2f}**' if ratio else '–'} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=list(DROPS), choices=list(DROPS))
+    parser.add_argument("--methods", nargs="+", default=list(RATES), choices=list(RATES))
+    parser.add_argument("--most", type=int, default=9, help="so many rates of each")
+    parser.add_argument("--fresh", action="store_true", help="measure again what is known")
+    options = parser.parse_args()
+    path = Path(__file__).with_suffix(".json")
+    for method in options.methods:
+        for name in options.networks:
+            for bits in RATES[method][name][: options.most]:
+                rows = json.loads(path.read_text())["rows"] if path.exists() else []
+                others = [r for r in rows if (r["network"], r["method"], r["asked"]) != (name, method, bits)]
+                if len(others) < len(rows) and not options.fresh:
+                    continue
+                row = run(name, method, bits)
+                print(json.dumps(row), file=sys.stderr, flush=True)
+                order = [(n, m) for n in DROPS for m in RATES]
+                rows = sorted([*others, row], key=lambda r: (order.index((r["network"], r["method"])), -r["asked"]))
+                machine = {"processor": platform.machine(), "torch": torch.__version__}
+                record = {"command": "python benchmarks/features.py", "machine": machine, "rows": rows}
+                path.write_text(json.dumps(record, indent=1) + "\n")
+    rows = json.loads(path.read_text())["rows"]
+    insert_table("docs/features.md", "features.py rates", table(rows))
+    insert_table("docs/features.md", "features.py kl", at_equal_kl(rows))
+
+
+if __name__ == "__main__":
+    main()
