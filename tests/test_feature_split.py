@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -97,3 +102,15 @@ def test_batches_that_do_not_go_together():
         SERVER([])
     with pytest.raises(InputError, match=r"maps of \(12, 12\) and \(20, 20\); decode them apart"):
         SERVER([PACKETS[0], *DEVICE(torch.randn(1, 3, 20, 20))])
+
+
+def test_the_example_sends_bytes_between_two_processes():
+    pytest.importorskip("sklearn", reason="the example's data come with scikit-learn")
+    script = Path(__file__).resolve().parents[1] / "examples" / "split_over_socket.py"
+    done = subprocess.run([sys.executable, str(script), "--images", "100"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    sent, plain, split, whole = (float(re.search(r"[\d.]+", line[17:])[0]) for line in done.stdout.splitlines())
+    assert 0 < sent < plain / 4
+    assert plain == 100 * 24 * 8 * 8
+    assert abs(split - whole) <= 3
+    assert whole > 95

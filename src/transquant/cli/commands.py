@@ -4,89 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any, cast
 
 import typer
 
 from transquant.cli.console import print_json, progress_bar, set_logging
 from transquant.cli.launch import leads
+from transquant.cli.options import (
+    Axis,
+    Batch,
+    Calibration,
+    Coder,
+    Coding,
+    Crop,
+    Effort,
+    Feedback,
+    File,
+    Force,
+    Json,
+    Limit,
+    Mean,
+    Metric,
+    Mode,
+    Model,
+    Quiet,
+    Resize,
+    Scale,
+    Seed,
+    Std,
+    TestData,
+    Transform,
+    Trellis,
+    Verbose,
+    Weights,
+    data_of,
+    one_target,
+    output_path,
+)
 from transquant.errors import InputError, OutputError
-
-if TYPE_CHECKING:
-    from transquant.cli.calibration import Data
-
-Model = Annotated[
-    str | None,
-    typer.Option("--model", help="FILE.py:FACTORY (returns an nn.Module), timm:NAME, torchvision:NAME, hf:FOLDER_OR_NAME."),
-]
-Weights = Annotated[
-    Path | None,
-    typer.Option("--weights", help="Float weights: FILE.safetensors, or a state dict in FILE.pt, .pth, .bin; or FILE.onnx alone."),
-]
-Calibration = Annotated[
-    str | None,
-    typer.Option(
-        "--calibration", help="Unlabelled samples: image folder, FILE.npz with x (float32, samples first), FILE.py:FUNCTION."
-    ),
-]
-TestData = Annotated[
-    str | None,
-    typer.Option(
-        "--data",
-        help="Labelled samples to score on: a folder a class, FILE.npz with x and y, FILE.py:FUNCTION of (x, y) batches.",
-    ),
-]
-Resize = Annotated[int | None, typer.Option(min=1, help="Images: length of the shorter side.")]
-Crop = Annotated[int | None, typer.Option(min=1, help="Images: side of the centre crop.")]
-Mean = Annotated[str, typer.Option(help="Images: mean a channel, after the division by --scale.")]
-Std = Annotated[str, typer.Option(help="Images: standard deviation a channel.")]
-Scale = Annotated[float, typer.Option(help="Images: pixels are divided by this.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Use at most so many samples.")]
-Batch = Annotated[int, typer.Option(min=1, help="Samples a batch.")]
-Metric = Annotated[str, typer.Option(help="auto, kl, mse or weights.")]
-Transform = Annotated[str, typer.Option(help="auto, identity, dct, klt or elt.")]
-Axis = Annotated[str | None, typer.Option(help="Of the transform: kernel, input, output or joint; the best one if not given.")]
-Coding = Annotated[str, typer.Option(help="entropy, or fixed: packed bit depths.")]
-Feedback = Annotated[bool, typer.Option("--feedback/--no-feedback", help="Closed loop, or plain rounding.")]
-Coder = Annotated[str, typer.Option(help="adaptive, or static: tables that stay, files that decode faster, about 1 % larger.")]
-Trellis = Annotated[bool, typer.Option("--trellis/--no-trellis", help="Best path of a trellis, or rounding with a dead zone.")]
-Effort = Annotated[
-    int,
-    typer.Option(
-        min=1, max=9, help="1, 2: nothing is tuned; from 3 all is; from 5 layers go in order; from 6 vectors learn; 8: rows."
-    ),
-]
-Seed = Annotated[int, typer.Option(min=0, help="Same seed, same file.")]
-Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress, errors only.")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="More log; tracebacks.")]
-Force = Annotated[bool, typer.Option("-f", "--force", help="Overwrite an existing output.")]
-File = Annotated[Path, typer.Argument(help="A compressed file.")]
-Mode = Annotated[str, typer.Option(help="How it runs: float, transform, packed, lazy, activations, int8.")]
-
-
-def _output(path: Path, force: bool, *inputs: str | Path | None) -> Path:
-    """Checked before long work; never one of the inputs."""
-    from transquant.container import check_writable
-
-    check_writable(path)
-    for given in inputs:
-        file = str(given).rpartition(":")[0] if given and ".py:" in str(given) else given
-        if file and path.exists() and Path(file).exists() and path.samefile(file):
-            raise InputError(f"{path} is both an input and the output")
-    if path.exists() and not force:
-        raise InputError(f"{path} exists already; give --force to overwrite it")
-    return path
-
-
-def _data(source: str | None, option: str, *how: Any) -> Data | None:
-    if source is None:
-        return None
-    from transquant.cli.calibration import Preprocessing, load_data, numbers
-
-    resize, crop, mean, std, scale, limit, batch, seed = how
-    means, stds = numbers(mean, "--mean"), numbers(std, "--std")
-    return load_data(source, option, Preprocessing(resize, crop, means, stds, scale, limit, batch, seed))
 
 
 def compress(
@@ -117,14 +72,14 @@ def compress(
     """Compress a trained network to a file of a given size."""
     set_logging(quiet, verbose)
     if leads():
-        _output(output, force, model, weights, calibration, data)
-    _one_target(bits=bits, size=size, ratio=ratio, distortion=distortion, step=step, max_drop=max_drop)
+        output_path(output, force, model, weights, calibration, data)
+    one_target(bits=bits, size=size, ratio=ratio, distortion=distortion, step=step, max_drop=max_drop)
     from transquant.cli.models import load_model
     from transquant.codec import compress as run
 
     net = load_model(model, weights)
     how = (resize, crop, mean, std, scale, limit, batch, seed)
-    samples, test = _data(calibration, "--calibration", *how), _data(data, "--data", *how)
+    samples, test = data_of(calibration, "--calibration", *how), data_of(data, "--data", *how)
     drop = None
     if max_drop is not None:
         from transquant.cli.scoring import evaluator
@@ -162,7 +117,7 @@ def decompress(
     set_logging(quiet, verbose)
     if output.suffix not in (".safetensors", ".onnx"):
         raise InputError(f"the output is {output}, expected a name that ends in .safetensors or .onnx")
-    _output(output, force, file)
+    output_path(output, force, file)
     from transquant.cli.exporting import write_decoded
     from transquant.codec import load
 
@@ -188,7 +143,7 @@ def export(
         raise InputError("export needs --model FILE.py:FACTORY (decompress gives back the .onnx file of a network that was one)")
     if output.suffix != ".onnx":
         raise InputError(f"the output is {output}, expected a name that ends in .onnx")
-    _output(output, force, file, model, example)
+    output_path(output, force, file, model, example)
     from dataclasses import asdict
 
     from transquant.cli.exporting import example_input
@@ -259,7 +214,7 @@ def evaluate(
 
     compressed = load(file)
     net = load_model(model, weights, pretrained=False)
-    test = _data(data, "--data", resize, crop, mean, std, scale, limit, batch, seed)
+    test = data_of(data, "--data", resize, crop, mean, std, scale, limit, batch, seed)
     assert test is not None
     result = {
         "file": str(file),
@@ -287,7 +242,7 @@ def profile(
     from transquant.cli.models import load_model
     from transquant.cli.profiling import profile_file, table
 
-    samples = _data(data, "--data", resize, crop, mean, std, scale, limit, batch, seed)
+    samples = data_of(data, "--data", resize, crop, mean, std, scale, limit, batch, seed)
     assert samples is not None
     result = profile_file(file, load_model(model, weights, pretrained=False), samples, mode, memory, repeats)
     if as_json:
@@ -311,14 +266,14 @@ def sweep(
     if output.suffix != ".csv":
         raise InputError(f"the output is {output}, expected a name that ends in .csv")
     for path in (output, output.with_suffix(".png")):
-        _output(path, force or resume)
+        output_path(path, force or resume)
     from transquant.cli.calibration import numbers
     from transquant.cli.models import load_model
     from transquant.cli.sweeping import sweep_rates
 
     rates = numbers(bits, "--bits")
     how = (resize, crop, mean, std, scale, limit, batch, seed)
-    samples, test = _data(calibration, "--calibration", *how), _data(data, "--data", *how)
+    samples, test = data_of(calibration, "--calibration", *how), data_of(data, "--data", *how)
     net = load_model(model, weights)
     with progress_bar(quiet or as_json) as progress:
         rows = sweep_rates(net, samples, test, rates, metric, effort, seed, output, resume, progress)
@@ -352,14 +307,6 @@ def demo(
 def _print_score(score: dict[str, Any]) -> None:
     for key, value in score.items():
         typer.echo(f"{key:<16} {value:,.4f}" if isinstance(value, float) else f"{key:<16} {value}")
-
-
-def _one_target(**targets: Any) -> None:
-    """Fail before anything is loaded."""
-    given = [f"--{k.replace('_', '-')}" for k, v in targets.items() if v is not None]
-    if len(given) != 1:
-        names = ", ".join(f"--{k.replace('_', '-')}" for k in targets)
-        raise InputError(f"give exactly one target of {names}; given: {' and '.join(given) or 'none'}")
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

@@ -51,13 +51,17 @@ def compare(
     if not isinstance(model, nn.Module):
         raise InputError("evaluate needs --model, not only weights")
     output = outputs(compressed.install(copy.deepcopy(model), mode=mode), data)
+    return scores(output, outputs(model, data) if has_weights else None, data)
+
+
+def scores(output: Tensor, reference: Tensor | None, data: Data) -> dict[str, float]:
+    """Top-1 of outputs where the data have labels; beside `reference`, those of the float network, also how far they differ."""
     result: dict[str, float] = {"samples": len(output)}
     if data.labels is None:
         _log.warning("the data have no labels, so there is no accuracy: expected a folder a class, or x and y in the .npz")
     else:
         result["top1"] = top1(output, data)
-    if has_weights:
-        reference = outputs(model, data)
+    if reference is not None:
         metric = resolve("auto", reference)
         total, count = distance(reference, output, metric)
         result[metric] = total / count

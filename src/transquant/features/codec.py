@@ -66,6 +66,11 @@ class FeatureCodec:
         kinds = ", ".join(sorted({coder.kind for coder in self.coders}))
         return f"FeatureCodec({len(self.coded)} points, {kinds}, {len(self.data):,} bytes, fingerprint {self.fingerprint.hex()})"
 
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready: what `repr` says, settings, and each point with its mode."""
+        points = [{"name": c.point.name, "channels": c.point.channels, "mode": c.coder.mode} for c in self.coded]
+        return {"bytes": len(self.data), "fingerprint": self.fingerprint.hex(), "settings": self.settings, "points": points}
+
     @contextmanager
     def attach(self, model: nn.Module, only: Iterable[str] | None = None) -> Iterator[Ledger]:
         """Within, every sample's map at every point passes through a packet and the network goes on with what comes out; yields the

@@ -33,7 +33,7 @@ def round_map(values, steps, across, around, low, high, symbols):  # type: ignor
     for k in range(channels):
         inverse, step = np.float32(1) / steps[k], steps[k]
         carried[:] = 0
-        for j in range(k):
+        for j in range(min(k, across.shape[1])):  # (K, 0) feeds none on
             weight = across[k, j]
             if weight != 0:
                 for p in range(height * width):
