@@ -62,7 +62,7 @@ def calibrate(
     machines its floating-point arrays may differ in their last digits, and a codec file is what device and server must share.
 
     Raises InputError; TargetError where no codec meets the target."""
-    chosen = _check(bits_per_value, max_drop, method, seed)
+    chosen = _check(bits_per_value, max_drop, method, metric, seed)
     say = progress or (lambda stage, done, total: None)
     batches = list(modules.micro_batches(modules.batches_of(calibration, whole=forward is not None)))
 
@@ -212,7 +212,7 @@ def _fitting_samples(model: nn.Module, batches: Sequence[Any], run: Callable[[nn
     return together[:: max(len(together) // wanted, 1)][:wanted]
 
 
-def _check(bits: Any, max_drop: Any, method: Any, seed: Any) -> str:
+def _check(bits: Any, max_drop: Any, method: Any, metric: Any, seed: Any) -> str:
     if (bits is None) == (max_drop is None):
         raise InputError("give exactly one target: bits_per_value= or max_drop=(evaluate, points)")
     number = isinstance(bits, int | float) and not isinstance(bits, bool)
@@ -223,6 +223,8 @@ def _check(bits: Any, max_drop: Any, method: Any, seed: Any) -> str:
         raise InputError("max_drop must be a pair of a function evaluate(model) -> float and the points it may lose, from 0")
     if method not in METHODS:
         raise InputError(f"method is {method!r}, allowed are {', '.join(map(repr, METHODS))}")
+    if metric not in ("auto", "kl", "mse"):
+        raise InputError(f"metric is {metric!r}, allowed are 'auto', 'kl', 'mse'")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise InputError(f"seed is {seed!r}, allowed are integers from 0")
     return str(method)
