@@ -76,7 +76,9 @@ def calibrate(
         search = _Search(
             model, samples, run, found, METHODS[chosen], {"method": chosen, "seed": seed, "samples": len(batches)}, say
         )
-        return search.by_bits(bits_per_value) if bits_per_value is not None else search.by_drop(*(max_drop or (lambda m: 0.0, 0.0)))
+        if max_drop is not None:
+            return search.by_drop(*max_drop)
+        return search.by_bits(float(bits_per_value or 0))
 
 
 class _Search:
