@@ -93,13 +93,22 @@ def _ways(point: Point, sensitivity: Sensitivity, c: float) -> Iterator[tuple[Ro
         kept = np.array([planes - 1])
     analysis = vectors[:, kept].T @ lower.T
     synthesis = np.linalg.solve(lower.T, vectors[:, kept])
-    transform = Transform(*(np.ascontiguousarray(m, np.float32) for m in (analysis, synthesis, sensitivity.mean)))
+    largest = np.abs(synthesis).max(0)  # float16 has no room for small ones beside it
+    analysis, synthesis = analysis * largest[:, None], synthesis / largest
+    short = [np.ascontiguousarray(m).astype(np.float16).astype(np.float32) for m in (analysis, synthesis)]
+    transform = Transform(short[0], short[1], sensitivity.mean.astype(np.float32))
     both = np.tile(around.mean(0), (len(kept), 1))
-    yield _rounding(np.full(len(kept), step), np.zeros((len(kept), 0)), both, False), transform
+    yield _rounding(step * largest, np.zeros((len(kept), 0)), both, False), transform
 
 
 def _rounding(steps: NDArray[np.float64], across: NDArray[np.float64], around: NDArray[np.float64], nonnegative: bool) -> Rounding:
-    return Rounding(steps.astype(np.float32), across.astype(np.float16), around.astype(np.float32), nonnegative)
+    """`across` (K, K), or (K, 0) for no feedback between components."""
+    planes = len(steps)
+    unit = np.abs(across).max(1, initial=1e-30) / 127
+    weights = np.rint(across / unit[:, None])[np.tril_indices(planes, -1)] if across.shape[1] else np.zeros(0)
+    return Rounding(
+        steps.astype(np.float32), around.astype(np.float32), weights.astype(np.int8), unit.astype(np.float32), nonnegative
+    )
 
 
 def _distortion(

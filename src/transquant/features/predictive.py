@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from transquant.errors import CorruptFile
 from transquant.features.checks import map_of, stored_array, stored_integer
@@ -27,7 +28,7 @@ MAX_COMPONENTS = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Transform:
-    """`analysis` float32 (K, C), `synthesis` float32 (C, K), `mean` float32 (C,) of what is transformed."""
+    """`analysis` float32 (K, C), `synthesis` float32 (C, K), of values that float16 has; `mean` float32 (C,), taken off before."""
 
     analysis: FloatMap
     synthesis: FloatMap
@@ -36,17 +37,27 @@ class Transform:
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """`steps` float32 (K,); feedback, which only quantizing needs: `across` float16 (K, K), weights of earlier components' errors,
-    or (K, 0) for none; `around` float32 (K, 4), of residuals left, above, above left, above right."""
+    """`steps` float32 (K,); feedback, which only quantizing needs: `around` float32 (K, 4), weights of residuals left, above, above
+    left, above right; `across` int8 (K·(K − 1)/2,), of earlier components' errors, row after row, in units of `unit` float32 (K,),
+    or (0,) for none."""
 
     steps: FloatMap
-    across: np.ndarray
     around: FloatMap
+    across: NDArray[np.int8]
+    unit: FloatMap
     nonnegative: bool
+
+    @property
+    def dense(self) -> FloatMap:
+        """The weights of earlier components' errors, float32 (K, K)."""
+        result = np.zeros((len(self.steps), len(self.steps)), np.float32)
+        if len(self.across):
+            result[np.tril_indices(len(result), -1)] = self.across
+        return result * self.unit[:, None]
 
     def quantize(self, values: FloatMap) -> IntMap:
         """float32 (K, H, W) → symbols int32 (K, H, W)."""
-        return rounded(values, self.steps, self.across.astype(np.float32), self.around, self.nonnegative)
+        return rounded(values, self.steps, self.dense, self.around, self.nonnegative)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,14 +116,15 @@ class PredictiveCoder:
 
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """(settings, arrays)."""
-        arrays = {
-            "steps": self.rounding.steps, "across": self.rounding.across, "around": self.rounding.around,
+        arrays: dict[str, np.ndarray] = {
+            "steps": self.rounding.steps, "around": self.rounding.around,
+            "across": self.rounding.across, "across_unit": self.rounding.unit,
             "mean_weights": self.predictor.mean, "scale_weights": self.predictor.scale, "references": self.predictor.references,
             "tables": self.tables.begins,
         }  # fmt: skip
         if self.transform is not None:
             t = self.transform
-            arrays |= {"analysis": t.analysis, "synthesis": t.synthesis, "mean": t.mean}
+            arrays |= {"analysis": t.analysis.astype(np.float16), "synthesis": t.synthesis.astype(np.float16), "mean": t.mean}
         return {"name": self.point_name, "channels": self.channels, "nonnegative": int(self.rounding.nonnegative)}, arrays
 
 
@@ -124,9 +136,12 @@ def from_state(settings: Settings, arrays: Mapping[str, np.ndarray]) -> Predicti
     planes = len(steps)
     if not 1 <= planes <= channels or not (steps > 0).all():
         raise CorruptFile(f"a coder of feature maps has {planes} steps for {channels} channels, or steps that are not above 0")
-    across = stored_array(arrays, "across", np.float16, (planes, None))
-    if across.shape[1] not in (0, planes):
-        raise CorruptFile(f"the feedback of a coder of feature maps is {across.shape}, expected {planes} or 0 columns")
+    across = stored_array(arrays, "across", np.int8, (None,))
+    if len(across) not in (0, planes * (planes - 1) // 2):
+        raise CorruptFile(
+            f"the feedback of a coder of feature maps has {len(across)} weights, expected {planes * (planes - 1) // 2} or 0"
+        )
+    unit = stored_array(arrays, "across_unit", np.float32, (planes,))
     around = stored_array(arrays, "around", np.float32, (planes, 4))
     references = stored_array(arrays, "references", np.int16, (planes, REFERENCES))
     if (references < -1).any() or (references >= np.arange(planes)[:, None]).any():
@@ -139,8 +154,8 @@ def from_state(settings: Settings, arrays: Mapping[str, np.ndarray]) -> Predicti
     transform = None
     if "analysis" in arrays:
         transform = Transform(
-            stored_array(arrays, "analysis", np.float32, (planes, channels)),
-            stored_array(arrays, "synthesis", np.float32, (channels, planes)),
+            stored_array(arrays, "analysis", np.float16, (planes, channels)).astype(np.float32),
+            stored_array(arrays, "synthesis", np.float16, (channels, planes)).astype(np.float32),
             stored_array(arrays, "mean", np.float32, (channels,)),
         )
     elif planes != channels:
@@ -148,4 +163,4 @@ def from_state(settings: Settings, arrays: Mapping[str, np.ndarray]) -> Predicti
     name = settings.get("name")
     if not isinstance(name, str):
         raise CorruptFile("a coder of feature maps does not say its point's name")
-    return PredictiveCoder(name, channels, Rounding(steps, across, around, nonnegative), transform, predictor, tables)
+    return PredictiveCoder(name, channels, Rounding(steps, around, across, unit, nonnegative), transform, predictor, tables)
