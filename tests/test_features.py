@@ -216,6 +216,12 @@ def test_more_calls_than_were_calibrated():
         outputs(model)
 
 
+def test_only_part_of_the_network():
+    """Where it begins and ends would not be known."""
+    with pytest.raises(InputError, match=r"only what model\(...\) runs"), CODEC.attach(NET):
+        outputs(NET.layer1, torch.randn(1, 8, 4, 4))
+
+
 def test_maps_that_are_empty_or_not_finite():
     model = residual()
     with pytest.raises(InputError, match=r"'#0' is empty: it has shape \(0, 8, 12, 12\)"), CODEC.attach(model):
