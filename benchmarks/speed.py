@@ -3,7 +3,8 @@
     python benchmarks/speed.py               # about two minutes on two cores
 
 A layer of 2048 x 2048 weights from a Laplace distribution, at four rates; every figure is that of the fastest of several runs
-in one process. NNCodec's speed is measured in the same run where peers.py has made its environment. Writes benchmarks/speed.json.
+in one process. Where peers.py has made NNCodec's environment its speed is measured too, before and after ours; it decodes to
+float tensors, as "load and state_dict" does. Writes benchmarks/speed.json and the table of docs/method.md.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 
 import transquant as tq
+from pages import insert_table
 from transquant import bitstream, codec
 from transquant.choices import CODERS
 from transquant.container import read_container
@@ -61,15 +63,14 @@ def coder(symbols: np.ndarray, rate: str, kind: str) -> dict[str, float]:
         f"bits a weight, {name}": 8 * len(data) / symbols.size,
         f"encode, {name}, M weights/s": symbols.size / best(encode) / 1e6,
     }
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        figures[f"decode, {name}, {threads} threads, M weights/s"] = symbols.size / best(lambda: codec._decode(container), 5) / 1e6
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "net.tq"
         path.write_bytes(data)
-        figures[f"load and state_dict, {name}, 2 threads, M weights/s"] = (
-            symbols.size / best(lambda: tq.load(path).state_dict()) / 1e6
-        )
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            seconds = best(lambda: codec._decode(container), 9), best(lambda: tq.load(path).state_dict(), 9)
+            figures[f"decode, {name}, {threads} threads, M weights/s"] = symbols.size / seconds[0] / 1e6
+            figures[f"load and state_dict, {name}, {threads} threads, M weights/s"] = symbols.size / seconds[1] / 1e6
         figures[f"numpy reader, {name}, M weights/s"] = symbols.size / best(lambda: tq.reader.load(path), 1) / 1e6
     return figures
 
@@ -87,6 +88,29 @@ def nncodec() -> dict[str, float]:
     return figures
 
 
+def peer_speed(figures: dict[str, float], bits: float) -> float:
+    """Decoded by NNCodec at so many bits a weight, M weights/s, on lines between its points: the faster of both of its ways."""
+    points: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+    for name, speed in figures.items():
+        if name.startswith("decode, NNCodec"):
+            points["dependent" in name].append((float(name.split(", ")[-2].split()[0]), speed))
+    return max(float(np.interp(bits, *zip(*sorted(p), strict=True))) for p in points.values())
+
+
+def table(figures: dict[str, float]) -> str:
+    """Decoding on one thread, as rows of a page."""
+    rows = "| bits a weight | static over adaptive | adaptive | static | NNCodec | static / NNCodec "
+    rows += "| static, to float tensors | … / NNCodec |\n"
+    rows += "|---|---|---|---|---|---|---|---|\n"
+    for rate in SCALES:
+        bits, more = figures[f"bits a weight, static, {rate}"], figures[f"static over adaptive, {rate}, %"]
+        speeds = [figures[f"decode, {kind}, {rate}, 1 threads, M weights/s"] for kind in ("adaptive", "static")]
+        peer, load = peer_speed(figures, bits), figures[f"load and state_dict, static, {rate}, 1 threads, M weights/s"]
+        rows += f"| {bits:.2f} | {more:+.1f} % | {speeds[0]:.0f} | {speeds[1]:.0f} | {peer:.0f} "
+        rows += f"| {speeds[1] / peer:.1f} | {load:.0f} | {load / peer:.1f} |\n"
+    return rows
+
+
 def feedback(side: int, rng: np.random.Generator) -> float:
     """Seconds of one two-sided pass over a square layer."""
     lower = np.tril(rng.normal(size=(side, side)) * 0.3 / side**0.5, -1) + np.eye(side)
@@ -98,6 +122,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     figures: dict[str, float] = {}
     threads = torch.get_num_threads()
+    peer = nncodec()
     for rate, scale in SCALES.items():
         symbols = np.rint(rng.laplace(0, scale, (SIDE, SIDE))).astype(np.int32)
         for kind in CODERS:
@@ -105,7 +130,7 @@ def main() -> None:
         sizes = [figures[f"bits a weight, {kind}, {rate}"] for kind in ("adaptive", "static")]
         figures[f"static over adaptive, {rate}, %"] = 100 * (sizes[1] / sizes[0] - 1)
     torch.set_num_threads(threads)
-    figures |= nncodec()
+    figures |= {name: max(value, peer[name]) for name, value in nncodec().items()}
     for side in (1024, 4096):
         figures[f"two-sided feedback pass, {side} x {side}, s"] = feedback(side, rng)
     command = [sys.executable, "-m", "transquant", "--help"]
@@ -118,6 +143,8 @@ def main() -> None:
     }
     record = {"command": "python benchmarks/speed.py", "machine": machine, "figures": figures}
     Path(__file__).with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    if PEER.exists():
+        insert_table("docs/method.md", "speed.py", table(figures))
     for name, value in figures.items():
         print(f"{name:<50} {value:8.3f}")
 

@@ -134,6 +134,7 @@ ALLOWED: dict[str, tuple[Callable[[], bytes], int]] = {
     "16 MiB of zeros, adaptive tables": (lambda: constant(0, FREE, 1024, 1024, "m"), 112),
     "16 MiB of sevens, adaptive tables": (lambda: constant(7, FREE, 1024, 256, "m"), 112),
     "16 MiB of zeros, static tables": (lambda: constant(0, FREE, 1024, 64, "t"), 112),
+    "16 MiB of zeros, tables in the file": (lambda: constant(0, FREE, 1024, 64, "l"), 112),
     "64 MiB of exact zeros": (largest_exact, 256),
     "64 MiB of exact bfloat16": (lambda: largest_exact("bfloat16", 2), 256),
     "64 MiB of exact booleans": (lambda: largest_exact("bool", 1), 256),
@@ -206,7 +207,7 @@ def main() -> None:
         def read(path: str) -> Any:
             return tq.load(path).state_dict()
 
-    for name in ("version1", "version1_tokens", "version1_static"):
+    for name in ("version1", "version1_tokens", "version1_static", "version1_laws"):
         read(str(Path(__file__).parent / "golden" / f"{name}.tq"))  # imports and compiles
     for job in jobs:
         path, _, megabytes = job.rpartition(":")

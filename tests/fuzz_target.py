@@ -54,8 +54,7 @@ def tiny(coder: Any = "s") -> bytes:
 
 
 SOURCES: list[Parts] = [
-    split(f)
-    for f in (tiny(), tiny("m"), tiny("t"), constant(1, 20, 5), *(p.read_bytes() for p in sorted((HERE / "golden").glob("*.tq"))))
+    split(f) for f in (*map(tiny, "smtl"), constant(1, 20, 5), *(p.read_bytes() for p in sorted((HERE / "golden").glob("*.tq"))))
 ]
 
 

@@ -30,7 +30,7 @@ def round_trip(planes: list[Plane], num_lanes: int, coder: str) -> tuple[bytes, 
     return data, bits
 
 
-every_coder = pytest.mark.parametrize("coder", ["s", "m", "t"])
+every_coder = pytest.mark.parametrize("coder", ["s", "m", "t", "l"])
 
 
 @every_coder
@@ -61,7 +61,7 @@ def test_mixture_of_small_and_extreme(coder):
     round_trip([Plane(symbols, 0, 1, 1), Plane(symbols, 0, 3, 9, 3)], 16, coder)
 
 
-@pytest.mark.parametrize(("coder", "loss"), [("s", 0.006), ("m", 0.008), ("t", 0.05)])
+@pytest.mark.parametrize(("coder", "loss"), [("s", 0.006), ("m", 0.008), ("t", 0.05), ("l", 0.008)])
 def test_rate_is_close_to_entropy_and_information_content_close_to_bytes(rng, coder, loss):
     symbols = np.rint(rng.normal(0, 1.2, (512, 512))).astype(np.int32)
     data, bits = round_trip([Plane(symbols, 0)], 64, coder)
@@ -69,10 +69,11 @@ def test_rate_is_close_to_entropy_and_information_content_close_to_bytes(rng, co
     p = counts / counts.sum()
     entropy = -(p * np.log2(p)).sum() * symbols.size
     assert entropy < 8 * len(data) < (1 + loss) * entropy
-    assert sum(bits) < 8 * len(data) < sum(bits) * 1.001 + 64 * 24
+    corrections = 1200 if coder == "l" else 0
+    assert sum(bits) < 8 * len(data) < sum(bits) * 1.001 + 64 * 24 + corrections
 
 
-@pytest.mark.parametrize(("coder", "share"), [("s", 0.92), ("m", 0.92), ("t", 0.96)])
+@pytest.mark.parametrize(("coder", "share"), [("s", 0.92), ("m", 0.92), ("t", 0.96), ("l", 0.93)])
 def test_contexts_find_rows_and_columns_of_different_scale(rng, coder, share):
     scale = np.exp(rng.normal(0, 1, (256, 1)) + rng.normal(0, 1, (1, 256)))
     symbols = np.rint(rng.normal(0, 1, (256, 256)) * scale).astype(np.int32)
@@ -90,7 +91,12 @@ def test_golden_bytes(coder):
     assert (len(data), hashlib.sha256(data).hexdigest()[:16]) == GOLDEN[coder]
 
 
-GOLDEN = {"s": (266, "1ea90a549640aa55"), "m": (296, "21a93967401cc554"), "t": (318, "9492c429fc8f9474")}
+GOLDEN = {
+    "s": (266, "1ea90a549640aa55"),
+    "m": (296, "21a93967401cc554"),
+    "t": (318, "9492c429fc8f9474"),
+    "l": (340, "82130cdf8bd66c51"),
+}
 
 
 @every_coder
@@ -188,19 +194,51 @@ def test_many_lanes_for_one_long_row_take_no_memory(coder):
     np.testing.assert_array_equal(found[0], symbols)
 
 
-@pytest.mark.parametrize("coder", ["m", "t"])
-def test_static_tables_cost_little_and_adaptive_ones_nothing_against_decisions(coder):
+@pytest.mark.parametrize(("coder", "most"), [("m", 1.005), ("t", 1.04), ("l", 1.01)])
+def test_static_tables_cost_little_and_adaptive_ones_nothing_against_decisions(coder, most):
     """Trellis planes, as weights are: the laws fit them."""
     rng = np.random.default_rng(5)
     scale = np.exp(0.5 * rng.normal(size=(256, 1)) + 0.4 * rng.normal(size=(1, 256)))
     symbols = np.floor(rng.laplace(0, 0.8, (256, 256)) * scale + 0.25).astype(np.int32)
     sizes = {k: len(lanes.encode_planes([Plane(symbols, 0, 1, 1, 3)], 8, k)[0]) for k in ("s", coder)}
-    assert sizes[coder] < (1.005 if coder == "m" else 1.04) * sizes["s"]
+    assert sizes[coder] < most * sizes["s"]
+
+
+@pytest.mark.parametrize("spread", [0.2, 0.32, 0.7, 2.9])
+def test_tables_that_come_with_the_tokens_fit_where_the_laws_do_not(spread):
+    """One law for all entries, from half a bit to four: its levels are noise."""
+    symbols = np.rint(np.random.default_rng(1).laplace(0, spread, (512, 512))).astype(np.int32)
+    sizes = {k: len(lanes.encode_planes([Plane(symbols, 0)], 64, k)[0]) for k in ("m", "t", "l")}
+    assert sizes["l"] < 1.005 * sizes["m"]
+    assert sizes["t"] > 1.005 * sizes["l"]
+
+
+@pytest.mark.parametrize("rows", [20, 0])
+def test_corrections_that_are_too_large_are_refused(monkeypatch, rows):
+    planes = [Plane(np.eye(20, 30, dtype=np.int32)[:rows], 0, 1, 1, state_bits) for state_bits in (0, 3)]
+    monkeypatch.setattr(lanes, "corrections_for", lambda trellis, seen: np.full((21, 16), 64 if trellis else -63, np.int32))
+    monkeypatch.setattr(tables, "MAX_CORRECTION", 64)
+    data, _ = round_trip(planes, 8, "l")
+    monkeypatch.undo()
+    if rows == 0:  # no values, no tables
+        assert data == np.full(8, tables.STATE_LOW, "<u4").tobytes()
+        return
+    for decode in (lanes.decode_planes, portable.decode_planes):
+        with pytest.raises(CorruptFile, match="correction of a table is out of range, allowed is ±63"):
+            decode(data, shapes_of(planes), 8, "l")
 
 
 @pytest.mark.parametrize(
     ("coder", "values", "expected"),
-    [("s", 1 << 25, 1), ("m", 0, 1), ("m", (1 << 21) - 1, 1), ("m", 1 << 21, 2), ("t", 5 << 20, 5), ("t", 1 << 25, 8)],
+    [
+        ("s", 1 << 25, 1),
+        ("m", 0, 1),
+        ("m", (1 << 21) - 1, 1),
+        ("m", 1 << 21, 2),
+        ("t", 5 << 20, 5),
+        ("t", 1 << 25, 8),
+        ("l", 1 << 21, 2),
+    ],
 )
 def test_large_sections_have_streams(coder, values, expected):
     assert streams.num_streams(coder, values) == expected

@@ -22,7 +22,7 @@ ALPHABETS = st.sampled_from(
     [[0], [1], [-1], [0, 1], [-7, 7], list(range(-20, 21)), [17, 18, 19], [tables.MAX_SYMBOL], [-tables.MAX_SYMBOL, tables.MAX_SYMBOL],
      [0, tables.MAX_SYMBOL], [0, 0, 0, 0, 0, 0, 0, -(1 << 19)]]
 )  # fmt: skip
-CODERS = st.sampled_from(["s", "m", "t"])
+CODERS = st.sampled_from(["s", "m", "t", "l"])
 SEEDS = st.integers(0, 2**32 - 1)
 
 

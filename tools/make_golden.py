@@ -3,8 +3,8 @@
     python tools/make_golden.py
 
 `version1` is what 0.1 wrote, `version1_transforms`, `version1_fixed` and `version1_trellis` what 0.2 added, with binary decisions
-alone; `version1_tokens` and `version1_static` have weights as tokens. Once released they stay as they are for ever: files that
-exist are left alone.
+alone; `version1_tokens`, `version1_static` and `version1_laws` have weights as tokens. Once released they stay as they are for
+ever: files that exist are left alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -22,6 +24,7 @@ import transquant as tq
 from transquant import codec, modules
 from transquant.choices import Choice, LayerTransform, Method
 from transquant.encoder import Encoder, Source
+from transquant.entropy import lanes
 from transquant.records import Coder
 from transquant.stats import collect
 from transquant.trellis_code import TRELLIS_CODES
@@ -115,6 +118,13 @@ def trellis(coder: Coder) -> bytes:
         return Encoder(plan, source, stats, pool, Method(coder=coder)).encode(mixed).data
 
 
+def laws() -> bytes:
+    """The same from tables with corrections of every size: a reader takes any."""
+    corrections = (np.arange(21 * 16, dtype=np.int32) * 29 % 127 - 63).reshape(21, 16)
+    with patch.object(lanes, "corrections_for", lambda trellis, seen: np.roll(corrections, trellis)):
+        return trellis("l")
+
+
 FILES = {
     "version1": everything,
     "version1_transforms": lambda: transformed("entropy"),
@@ -122,6 +132,7 @@ FILES = {
     "version1_trellis": lambda: trellis("s"),
     "version1_tokens": lambda: trellis("m"),
     "version1_static": lambda: trellis("t"),
+    "version1_laws": laws,
 }
 
 

@@ -49,8 +49,9 @@ SECTION_VALUES = 1 << 20  # a symbol section is closed once it has this many val
 PlaneShape = tuple[int, int, int, int, int, int]  # rows, columns, kind, width, taps, state bits
 T = TypeVar("T")
 Part = tuple[Entry, Coded | None]  # an entry, and its symbols where it has any
-StreamJob = tuple[bytes, Sequence[PlaneShape], int, Coder]  # of a stream: its bytes, its part of each plane, lanes, section kind
-SectionDecoder = Callable[[Sequence[Sequence[StreamJob]]], list[list[list[IntArray]]]]  # by section, stream and plane
+# of a stream: its bytes, the shapes of its parts of the planes, lanes, section kind, and zeros int32 to put the symbols into
+StreamJob = tuple[bytes, Sequence[PlaneShape], int, Coder, Sequence[IntArray]]
+SectionDecoder = Callable[[Sequence[Sequence[StreamJob]]], object]  # does the jobs of each section
 Job = tuple[Sequence[Plane], int, Coder]  # of a stream: its part of each plane, number of lanes, section kind
 Dequantizer = Callable[[IntArray, tuple[int, int], NDArray[np.int64], tuple[int, int], int, int], NDArray[np.float32]]
 StreamEncoder = Callable[[Iterable[Job]], Iterable[tuple[bytes, list[float]]]]
@@ -131,13 +132,16 @@ def decode(container: Container, decode_sections: SectionDecoder) -> dict[str, C
         if section.kind == "p":
             coded |= packing.unpack(section.data, [next(packed) for _ in range(section.count)])
         elif section.kind != "r":
-            groups.append([next(entries) for _ in range(section.count)])
-            shapes = [shape for entry in groups[-1] for shape in plane_shapes(entry)]
-            jobs.append(_stream_jobs(section.data, shapes, section.lanes, section.kind))
-    for group, parts in zip(groups, decode_sections(jobs), strict=True):
-        planes = iter(each[0] if len(each) == 1 else np.concatenate(each) for each in zip(*parts, strict=True))
+            group = [next(entries) for _ in range(section.count)]
+            shapes = [shape for entry in group for shape in plane_shapes(entry)]
+            planes = [np.zeros(shape[:2], np.int32) for shape in shapes]
+            groups.append((group, planes))
+            jobs.append(_stream_jobs(section.data, shapes, section.lanes, section.kind, planes))
+    decode_sections(jobs)
+    for group, planes in groups:
+        rest = iter(planes)
         for entry in group:
-            coded[entry.name] = _coded(entry, [next(planes) for _ in plane_shapes(entry)])
+            coded[entry.name] = _coded(entry, [next(rest) for _ in plane_shapes(entry)])
     return coded
 
 
@@ -209,7 +213,7 @@ def to_dtype(array: NDArray[np.float32], dtype: str) -> NDArray[np.generic]:
         cast: NDArray[np.generic] = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).view(np.float32)
     else:
         with np.errstate(over="ignore"):
-            cast = array.astype(DTYPES[dtype].numpy)
+            cast = array.astype(DTYPES[dtype].numpy, copy=False)
     if not np.isfinite(cast).all():
         raise CorruptFile(f"a decoded value does not fit {dtype}")
     return cast
@@ -290,13 +294,17 @@ def _part(plane: Plane, stream: int, count: int) -> Plane:
     return replace(plane, symbols=plane.symbols[rows.start : rows.stop])
 
 
-def _stream_jobs(data: bytes, shapes: Sequence[PlaneShape], lanes: int, coder: Coder) -> list[StreamJob]:
-    """The streams of a section that is to be decoded. Raises CorruptFile."""
+def _stream_jobs(
+    data: bytes, shapes: Sequence[PlaneShape], lanes: int, coder: Coder, planes: Sequence[IntArray]
+) -> list[StreamJob]:
+    """The streams of a symbol section that is to be decoded into its planes. Raises CorruptFile."""
     count = streams.num_streams(coder, sum(rows * columns for rows, columns, *_ in shapes))
     jobs: list[StreamJob] = []
     for stream, piece in enumerate(streams.cut(data, count)):
-        parts = [(len(streams.rows_of(stream, count, s[0], s[2])), *s[1:]) for s in shapes]
-        jobs.append((piece, parts, lanes, coder))
+        rows = [streams.rows_of(stream, count, s[0], s[2]) for s in shapes]
+        parts = [(len(r), *s[1:]) for r, s in zip(rows, shapes, strict=True)]
+        into = [plane[r.start : r.stop] for r, plane in zip(rows, planes, strict=True)]
+        jobs.append((piece, parts, lanes, coder, into))
     return jobs
 
 

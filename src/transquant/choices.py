@@ -13,7 +13,7 @@ from transquant.records import Coder
 Kind = Literal["i", "d", "k", "e"]
 Axis = Literal["", "r", "c", "k", "j"]
 KINDS: dict[str, Kind] = {"identity": "i", "dct": "d", "klt": "k", "elt": "e"}
-CODERS: dict[str, Coder] = {"adaptive": "m", "static": "t"}
+CODERS: dict[str, Coder] = {"adaptive": "m", "static": "l"}
 KIND_NAMES = {kind: name for name, kind in KINDS.items()}
 
 

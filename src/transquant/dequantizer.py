@@ -11,6 +11,8 @@ from transquant.grid import NOT_FLOAT32, QUARTERS
 from transquant.records import IntArray
 from transquant.trellis_code import TRELLIS_CODES
 
+_TOO_LARGE = 2.0**128 - 2.0**103  # the least that float32 rounds to infinity
+
 
 def dequantize(
     symbols: IntArray, step: tuple[int, int], t: NDArray[np.int64], offsets: tuple[int, int], state_bits: int = 0, fold: int = 1
@@ -19,38 +21,62 @@ def dequantize(
     values = np.empty(symbols.shape, np.float32)
     # products of both are exact: 26 and 27 bits, and a power of two
     scales = np.ldexp((step[0] * QUARTERS[t & 3]).astype(np.float64), step[1] + (t >> 2) - 20)
-    of_entries = np.broadcast_to(scales, symbols.shape)
     if state_bits and symbols.size:
-        _rebuild_paths(symbols, of_entries, *offsets, *TRELLIS_CODES[state_bits], symbols.shape[1] // fold, values)
+        fits = _rebuild_paths(symbols, scales, *offsets, *TRELLIS_CODES[state_bits], symbols.shape[1] // fold, values)
     else:
-        _rebuild(symbols, of_entries, *offsets, values)
-    if not np.isfinite(values).all():
+        fits = _rebuild(symbols, scales, *offsets, values)
+    if not fits:
         raise CorruptFile(NOT_FLOAT32)
     return values
 
 
 @nb.njit(cache=True, nogil=True)
 def _rebuild(symbols, scales, first, more, values):  # type: ignore[no-untyped-def]
+    """`scales`: float64, one row or as many as `symbols`, one column or as many. Whether all values fit."""
     rows, columns = symbols.shape
+    fits = True
+    first, more = np.int32(first), np.int32(more)
     for i in range(rows):
-        for j in range(columns):
-            k = symbols[i, j]
-            size = abs(k)
-            offset = more if size > 1 else (first if size == 1 else 0)
-            value = 64 * size - offset
-            values[i, j] = np.float32((value if k >= 0 else -value) * scales[i, j])
+        of_row, given, found = scales[i % len(scales)], symbols[i], values[i]
+        if len(of_row) == 1:
+            scale = of_row[0]
+            for j in range(columns):
+                value = _middle(given[j], first, more) * scale
+                fits &= abs(value) < _TOO_LARGE
+                found[j] = np.float32(value)
+        else:
+            for j in range(columns):
+                value = _middle(given[j], first, more) * of_row[j]
+                fits &= abs(value) < _TOO_LARGE
+                found[j] = np.float32(value)
+    return fits
+
+
+@nb.njit(cache=True, nogil=True, inline="always")
+def _middle(k, first, more):  # type: ignore[no-untyped-def]
+    """What a symbol without a trellis stands for, in 1/64 step: int32, as its arguments."""
+    size = np.int32(abs(k))
+    offset = more if size > 1 else (first if size == 1 else np.int32(0))
+    value = np.int32(np.int32(size << 6) - offset)
+    return value if k >= 0 else np.int32(-value)
 
 
 @nb.njit(cache=True, nogil=True)
 def _rebuild_paths(symbols, scales, first, more, feedback, forward, segment, values):  # type: ignore[no-untyped-def]
     rows, columns = symbols.shape
+    fits = True
     for i in range(rows):
+        of_row, given, found = scales[i % len(scales)], symbols[i], values[i]
+        along = 1 if len(of_row) > 1 else 0
         for begin in range(0, columns, segment):
             state = 0
             for j in range(begin, begin + segment):
-                k = symbols[i, j]
+                k = given[j]
                 offset = first if k == 0 else (more if k > 0 else -more)
-                value = 64 * k + 16 - offset
+                middle = 64 * k + 16 - offset
                 odd = state & 1
-                values[i, j] = np.float32((-value if odd else value) * scales[i, j])
+                value = (-middle if odd else middle) * of_row[j * along]
+                fits &= abs(value) < _TOO_LARGE
+                found[j] = np.float32(value)
                 state = (state >> 1) ^ (feedback * odd) ^ (forward * (k & 1))
+    return fits

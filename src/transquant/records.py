@@ -150,11 +150,16 @@ def is_packed(entry: Entry) -> bool:
     return isinstance(entry, CodedEntry) and entry.coding == "f"
 
 
+# kinds of symbol sections: binary decisions; tokens from tables that adapt, that are fixed, or that come with them
+Coder = Literal["s", "m", "t", "l"]
+SectionKind = Literal[Coder, "p", "r"]
+
+
 @dataclass(frozen=True, slots=True)
 class Section:
     """One row of the header's section table and, once read or encoded, its bytes."""
 
-    kind: Literal["s", "m", "t", "p", "r"]
+    kind: SectionKind
     count: int
     lanes: int
     data: bytes
@@ -180,9 +185,6 @@ class Limits:
 
 
 # --------------------------------------------------------------------------------------- what the coder sees
-
-
-Coder = Literal["s", "m", "t"]  # kinds of symbol sections: binary decisions; tokens with adaptive or with static tables
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,7 +101,7 @@ def _text(report: Report) -> str:
     parts = [
         ("weights", report.payload_bytes, "entropy-coded symbols"),
         ("side parameters", report.side_parameter_bytes, "BatchNorm, biases, exact tensors"),
-        ("side information", report.side_info_bytes, "bases, step exponents, coder states"),
+        ("side information", report.side_info_bytes, "bases, step exponents, coder states, tables"),
         ("header", report.header_bytes, "names, shapes, steps"),
     ]
     if report.basis_bytes:

@@ -45,7 +45,7 @@ Transform = Annotated[str, typer.Option(help="auto, identity, dct, klt or elt.")
 Axis = Annotated[str | None, typer.Option(help="Of the transform: kernel, input, output or joint; the best one if not given.")]
 Coding = Annotated[str, typer.Option(help="entropy, or fixed: packed bit depths.")]
 Feedback = Annotated[bool, typer.Option("--feedback/--no-feedback", help="Closed loop, or plain rounding.")]
-Coder = Annotated[str, typer.Option(help="adaptive, or static: tables that do not learn, larger files that decode faster.")]
+Coder = Annotated[str, typer.Option(help="adaptive, or static: tables that stay, files that decode faster, about 1 % larger.")]
 Trellis = Annotated[bool, typer.Option("--trellis/--no-trellis", help="Best path of a trellis, or rounding with a dead zone.")]
 Effort = Annotated[
     int,

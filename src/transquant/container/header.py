@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from math import prod
-from typing import Any, Literal, cast
+from typing import Any, cast, get_args
 
 from transquant.container.checks import integer, items, keys, known, short, string
 from transquant.container.dtypes import CODED_DTYPES, DTYPES
@@ -16,9 +16,11 @@ from transquant.records import (
     AliasEntry,
     BatchNormEntry,
     CodedEntry,
+    Coder,
     Entry,
     Limits,
     RawEntry,
+    SectionKind,
     is_packed,
 )
 
@@ -28,7 +30,8 @@ ACTIVATION_BITS = 2, 8
 ACTIVATION_EXPONENTS = -130, 60  # steps are normal numbers in float32, and so are their inverses
 BATCHNORM_KEYS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
-SectionRow = tuple[Literal["s", "m", "t", "p", "r"], int, int, int, int]  # kind, count, lanes, length, crc32
+SYMBOLS: tuple[str, ...] = get_args(Coder)
+SectionRow = tuple[SectionKind, int, int, int, int]  # kind, count, lanes, length, crc32
 
 
 def entry_to_json(entry: Entry) -> dict[str, Any]:
@@ -233,18 +236,18 @@ def _check_names(entries: tuple[Entry, ...]) -> None:
 
 def _section(value: Any) -> SectionRow:
     row = items(value, "a section", length=5)
-    kind = known(row[0], ("s", "m", "t", "p", "r"), "a section kind")
+    kind = known(row[0], (*SYMBOLS, "p", "r"), "a section kind")
     count = integer(row[1], 1, MAX_ENTRIES, "a section's count")
     lanes = integer(row[2], 0, 1024, "a section's lanes")
-    symbols = kind in ("s", "m", "t")
+    symbols = kind in SYMBOLS
     if (not symbols and lanes) or (symbols and (lanes == 0 or lanes & (lanes - 1))):
         raise CorruptFile(f"a section of kind {kind!r} has {lanes} lanes, allowed are powers of two up to 1024, 0 without symbols")
     length = integer(row[3], 0, 2**62, "a section's length")
-    return cast(Literal["s", "m", "t", "p", "r"], kind), count, lanes, length, integer(row[4], 0, 2**32 - 1, "a section's checksum")
+    return cast(SectionKind, kind), count, lanes, length, integer(row[4], 0, 2**32 - 1, "a section's checksum")
 
 
 def _check_sections(entries: tuple[Entry, ...], rows: list[SectionRow]) -> None:
-    kinds = ["s" if row[0] in ("m", "t") else row[0] for row in rows]
+    kinds = ["s" if row[0] in SYMBOLS else row[0] for row in rows]
     if kinds != sorted(kinds, key="spr".index) or kinds.count("r") > 1:
         raise CorruptFile("the sections are not in the order of symbols, packed, raw, or two are raw")
     packed = sum(is_packed(e) for e in entries)

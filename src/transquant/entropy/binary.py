@@ -8,10 +8,10 @@ import numpy as np
 from transquant.entropy import tables
 from transquant.entropy.rans import code_bit
 
-_R, _LEVEL, _BITS = tables.RECIPROCAL, tables.LEVEL_OF, tables.BITS_OF
+_R, _LEVEL = tables.RECIPROCAL, tables.LEVEL_OF
 _P_MIN, _P_MAX, _LIMIT = tables.P_MIN, tables.P_MAX, tables.COUNT_LIMIT
 _UNARY, _GAMMA, _MAX, _HALF = tables.NUM_UNARY, tables.NUM_GAMMA, tables.MAX_SYMBOL, tables.P_HALF
-_ONE, _P_BITS = tables.P_ONE, tables.P_BITS
+_P_BITS = tables.P_BITS
 _MAX_DECISIONS = _UNARY + _GAMMA + 64  # of one symbol
 
 
@@ -47,7 +47,7 @@ def _mirrored(sign_class, odd):  # type: ignore[no-untyped-def]
 def code_decisions(  # type: ignore[no-untyped-def]
     q, width, taps, lanes, col_shift, decoding, feedback, forward, magnitude, gamma, signs, start, states, words, log, cursor
 ):
-    """Code one plane int32 (rows, columns); see `lanes` for the rest. Returns the log and the information content in bits."""
+    """Code one plane int32 (rows, columns); see `lanes` for the rest. Returns the log."""
     rows, columns = q.shape
     col = np.zeros(columns, np.int64)
     row = np.zeros(lanes, np.int64)
@@ -59,7 +59,6 @@ def code_decisions(  # type: ignore[no-untyped-def]
     active = np.zeros(lanes, np.int64)
     path = np.zeros(lanes, np.int64)  # state of the lane's trellis
     true_sign = np.zeros((min(lanes, rows) if forward else 0, columns), np.int8)  # of what a trellis' symbols stand for
-    bits = 0.0
     for first in range(0, rows, lanes):
         count = min(lanes, rows - first)
         row[:count] = start[0]
@@ -98,7 +97,6 @@ def code_decisions(  # type: ignore[no-untyped-def]
                     lane = active[a]
                     p = _probability(magnitude[:, k], level[lane])
                     bit = code_bit(decoding, 1 if high[lane] > k else 0, p, lane, states, words, log, cursor)
-                    bits += _BITS[p if bit else _ONE - p]
                     bits_of[a] = bit
                 for a in range(num):
                     _learn(magnitude[:, k], level[active[a]], bits_of[a])
@@ -129,7 +127,6 @@ def code_decisions(  # type: ignore[no-untyped-def]
                     for a in range(num):
                         lane = active[a]
                         bit = code_bit(decoding, 1 if rest[lane] >> (k + 1) else 0, p, lane, states, words, log, cursor)
-                        bits += _BITS[p if bit else _ONE - p]
                         bits_of[a] = bit
                     for a in range(num):
                         _learn(gamma, k, bits_of[a])
@@ -144,7 +141,7 @@ def code_decisions(  # type: ignore[no-untyped-def]
                         break
                 if num > 0:
                     cursor[2] = 1
-                    return log, bits
+                    return log
                 position = 1
                 while True:
                     done = True
@@ -154,7 +151,6 @@ def code_decisions(  # type: ignore[no-untyped-def]
                             done = False
                             given = (rest[lane] >> (lengths[lane] - position)) & 1
                             bit = code_bit(decoding, given, _HALF, lane, states, words, log, cursor)
-                            bits += 1.0
                             if decoding:
                                 rest[lane] = (rest[lane] << 1) | bit
                     if done:
@@ -177,7 +173,6 @@ def code_decisions(  # type: ignore[no-untyped-def]
                             done = False
                             given = (size[lane] >> (shift[lane] - position)) & 1
                             bit = code_bit(decoding, given, _HALF, lane, states, words, log, cursor)
-                            bits += 1.0
                             if decoding:
                                 size[lane] = (size[lane] << 1) | bit
                     if done:
@@ -192,7 +187,7 @@ def code_decisions(  # type: ignore[no-untyped-def]
                 size_now = size[lane]
                 if size_now > _MAX:
                     cursor[2] = 1
-                    return log, bits
+                    return log
                 total += size_now
                 row[lane] += ((size_now << 8) - row[lane]) >> 3
                 odd = path[lane] & 1
@@ -214,7 +209,6 @@ def code_decisions(  # type: ignore[no-untyped-def]
                 level[lane] = c
                 p = _probability(signs, c)
                 bit = code_bit(decoding, 1 if q[r, j] > 0 else 0, p, lane, states, words, log, cursor)
-                bits += _BITS[p if bit else _ONE - p]
                 bits_of[lane] = bit
                 if forward:
                     true_sign[lane, j] = _mirrored(2 - bit, odd)
@@ -232,6 +226,6 @@ def code_decisions(  # type: ignore[no-untyped-def]
             else:
                 col[j] += (mean - col[j]) >> col_shift
             if cursor[2]:
-                return log, bits
+                return log
         start[0] = col.sum() // columns
-    return log, bits
+    return log

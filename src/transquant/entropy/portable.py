@@ -37,8 +37,15 @@ def _learn(counts: Int64, context: Int64, bit: NDArray[np.bool_]) -> None:
         counts[over] = (counts[over] + 1) >> 1
 
 
-def decode_planes(data: bytes, planes: Sequence[tuple[int, int, int, int, int, int]], lanes: int, coder: Coder) -> list[IntArray]:
-    """Symbols of the planes (rows, columns, kind, width, taps, state bits), int32 (rows, columns) each.
+def decode_planes(
+    data: bytes,
+    planes: Sequence[tuple[int, int, int, int, int, int]],
+    lanes: int,
+    coder: Coder,
+    into: Sequence[IntArray] | None = None,
+) -> list[IntArray]:
+    """Symbols of the planes (rows, columns, kind, width, taps, state bits), int32 (rows, columns) each. `into`: zeros that become
+    the symbols; None: of its own.
 
     Raises CorruptFile unless every byte is used and every state ends where the encoder began."""
     reader = Reader(data, lanes)
@@ -47,17 +54,28 @@ def decode_planes(data: bytes, planes: Sequence[tuple[int, int, int, int, int, i
     gamma = [np.full((tables.NUM_GAMMA, 2), 2, np.int64) for _ in range(tables.NUM_CLASSES)]
     start = [tables.FIRST_START] * tables.NUM_CLASSES
     tokens: dict[bool, Tokens] = {}  # by whether there is a trellis
-    result = []
-    for rows, columns, kind, width, taps, state_bits in planes:
-        plane = np.zeros((rows, columns), np.int32)
+
+    def decisions(plane: IntArray, kind: int, width: int, taps: int, state_bits: int) -> None:
+        sizes, signs = (paths, path_signs) if state_bits else (magnitude[kind], np.full((27, 2), 3, np.int64))
+        code = TRELLIS_CODES[state_bits]
+        start[kind] = _plane(reader, plane, width, taps, code, lanes, sizes, signs, gamma[kind], start[kind])
+
+    if coder == "l":
+        for trellis in sorted({s[5] > 0 for s in planes if s[2] == tables.WEIGHTS and s[0] * s[1]}):
+            corrections = np.zeros((len(tables.LAW_ROWS), tables.TOKENS), np.int32)
+            decisions(corrections, tables.LAWS, 1, 1, 0)
+            if np.abs(corrections).max() > tables.MAX_CORRECTION:
+                raise CorruptFile(f"a correction of a table is out of range, allowed is ±{tables.MAX_CORRECTION}")
+            tokens[trellis] = Tokens(trellis, False, corrections)
+    result = [np.zeros(shape[:2], np.int32) for shape in planes] if into is None else list(into)
+    for plane, (_, _, kind, width, taps, state_bits) in zip(result, planes, strict=True):
         if plane.size and kind == tables.WEIGHTS and coder != "s":
-            table = tokens.setdefault(state_bits > 0, Tokens(state_bits > 0, coder == "m"))
+            if (state_bits > 0) not in tokens:
+                tokens[state_bits > 0] = Tokens(state_bits > 0, coder == "m")
+            table = tokens[state_bits > 0]
             start[kind] = token_plane(reader, plane, width, taps, TRELLIS_CODES[state_bits], lanes, table, start[kind])
         elif plane.size:
-            sizes, signs = (paths, path_signs) if state_bits else (magnitude[kind], np.full((27, 2), 3, np.int64))
-            code = TRELLIS_CODES[state_bits]
-            start[kind] = _plane(reader, plane, width, taps, code, lanes, sizes, signs, gamma[kind], start[kind])
-        result.append(plane)
+            decisions(plane, kind, width, taps, state_bits)
     if reader.position != len(reader.words) or (reader.states != tables.STATE_LOW).any():
         raise CorruptFile("a symbol section does not end where its symbols end")
     return result

@@ -17,11 +17,15 @@ _BITS_OF_MEAN = np.array([int(t).bit_length() for t in range(1 << 12)], np.int64
 
 
 class Tokens:
-    """Tables of the tokens of planes with or without a trellis: adaptive counts, or laws that stay."""
+    """Tables of the tokens of planes with or without a trellis: adaptive counts, or laws that stay, corrected or not."""
 
-    def __init__(self, trellis: bool, adaptive: bool) -> None:
+    def __init__(self, trellis: bool, adaptive: bool, corrections: IntArray | None = None) -> None:
         self.adaptive, self.counts = adaptive, tables.first_token_counts(trellis).astype(np.int64)
-        self.begins = (tables.adapted(self.counts) if adaptive else tables.law_tables(trellis)).astype(np.int64)
+        if corrections is not None:
+            begins = tables.corrected_tables(trellis, corrections)
+        else:
+            begins = tables.adapted(self.counts) if adaptive else tables.law_tables(trellis)
+        self.begins = begins.astype(np.int64)
         self.fresh = np.zeros(self.counts[0].size, np.int64)
         self.since = self.seen = 0
 

@@ -8,8 +8,9 @@ import numpy as np
 
 from transquant.records import MAX_FOLD
 
-NUM_CLASSES = 4
+NUM_CLASSES = 5
 WEIGHTS = 0  # the class whose planes are tokens
+LAWS = 4  # that of corrections of static tables
 NUM_LEVELS = 20
 NUM_UNARY = 18  # stage 1 decisions, k = 0 ... 17
 NUM_GAMMA = 21  # stage 2 prefix decisions, k = 0 ... 20; more ones than 20 are corrupt
@@ -22,12 +23,13 @@ P_ONE, P_HALF = 1 << P_BITS, 1 << (P_BITS - 1)
 P_MIN, P_MAX = 16, P_ONE - 16
 STATE_LOW = 1 << 16
 FIRST_START = 128
-SPARE_WORDS = MAX_LANES + 1  # after the last one, so that a column of lanes is read without asking for each
+MAX_EVENTS = 5  # of a symbol in a column of tokens
+SPARE_WORDS = MAX_EVENTS * MAX_LANES + 1  # after the last one, so that a column of lanes is read without asking for each
 
 THRESHOLDS = (5, 10, 17, 25, 36, 49, 66, 88, 117, 154, 203, 268, 354, 467, 616, 813, 1073, 1416, 1869)
 LEVEL_MEANS = (3, 7, 13, 21, 30, 42, 57, 77, 102, 135, 178, 235, 311, 410, 541, 714, 943, 1244, 1642, 2400)
 
-# tokens (kinds "m" and "t"): −7 … 7 as 0 … 14, and 15 for all else
+# tokens (all kinds but "s"): −7 … 7 as 0 … 14, and 15 for all else
 TOKENS, ESCAPE, MIDDLE = 16, 15, 7
 SIGNS = 5  # what two neighbours' signs add up to, −2 … 2
 NUM_CONTEXTS = SIGNS * NUM_LEVELS + 1  # (level, signs) and the lengths of what is escaped
@@ -37,19 +39,19 @@ SHIFT_LEVEL = 17  # the first level whose low bits are plain
 MAX_SHIFT = 14
 RATIOS = (3, 6, 11, 18, 27, 39, 54, 72, 88, 104, 128, 150, 166, 185, 199, 211, 224, 212, 224, 221)
 LENGTH_LAW = (24, 20, 14, 10, 7, 4, 3, 2, 2, 2, 1, 1, 1, 1, 1, 1)
+LAW_ROWS = np.append(SIGNS * np.arange(NUM_LEVELS) + SIGNS // 2, LENGTHS)  # contexts without signs, and the lengths
+MAX_CORRECTION = 63  # of a table that comes with the tokens, in eighths of an octave
+EIGHTHS = np.array((1024, 1117, 1218, 1328, 1448, 1579, 1722, 1878), np.int64)
 FIRST_TOTAL = 1536  # of the first counts of a context, in units of 1/32 token
 ONE_TOKEN, FAST_TOTAL, SLOW_TOTAL = 32, 12288, 65536
 REBUILD, REBUILD_SHIFT = 64, 6  # tables follow after 64 tokens, at first after 1/64 of those so far
-LOOKUP_BITS = 12
+LOOKUP_BITS = 10
 
 # R[t] = floor(2^32 / t): turns a pair of counts into a probability without a division
 RECIPROCAL = np.array([0] + [(1 << 32) // t for t in range(1, 4 * MAX_LANES + COUNT_LIMIT + 2)], dtype=np.int64)
 
 # level of a magnitude average m, for m clipped to the last index
 LEVEL_OF = np.searchsorted(np.array(THRESHOLDS), np.arange(2048), side="right").astype(np.int64)
-
-# information content in bits of an event of probability p / 2^14; for reports only
-BITS_OF = -np.log2(np.arange(P_ONE + 1).clip(min=1) / P_ONE)
 
 
 def first_magnitude_counts() -> np.ndarray:
@@ -94,9 +96,21 @@ def first_token_counts(trellis: bool) -> np.ndarray:
 @cache
 def law_tables(trellis: bool) -> np.ndarray:
     """Where the ranges of the tokens begin in the static tables, and 2^14: uint32 (contexts, tokens + 1)."""
-    laws = token_laws(trellis)
-    begins = np.concatenate([np.zeros((NUM_CONTEXTS, 1), np.int64), laws.cumsum(1)], axis=1)
-    begins = np.arange(TOKENS + 1) + (P_ONE - TOKENS) * begins // laws.sum(1, keepdims=True)
+    return _shared_out(token_laws(trellis))
+
+
+def corrected_tables(trellis: bool, corrections: np.ndarray) -> np.ndarray:
+    """The same with the corrections of a stream, int32 (levels + 1, tokens), at most MAX_CORRECTION in magnitude."""
+    k = corrections.astype(np.int64)
+    laws = np.diff(law_tables(trellis)[LAW_ROWS].astype(np.int64)) * EIGHTHS[k & 7] << (8 + (k >> 3))
+    begins = _shared_out(laws)
+    return np.concatenate([np.repeat(begins[:-1], SIGNS, axis=0), begins[-1:]])
+
+
+def _shared_out(weights: np.ndarray) -> np.ndarray:
+    """Tables of weights int64 (contexts, tokens): uint32 (contexts, tokens + 1)."""
+    begins = np.concatenate([np.zeros((len(weights), 1), np.int64), weights.cumsum(1)], axis=1)
+    begins = np.arange(TOKENS + 1) + (P_ONE - TOKENS) * begins // weights.sum(1, keepdims=True)
     return np.asarray(begins, np.uint32)
 
 
@@ -111,11 +125,13 @@ def adapted(counts: np.ndarray) -> np.ndarray:
     return np.asarray(begins, np.uint32)
 
 
-@cache
-def law_lookup(trellis: bool) -> np.ndarray:
-    """The token at every fourth place of the static tables, uint8 (contexts · 4096,)."""
-    places = np.arange(0, P_ONE, 1 << (P_BITS - LOOKUP_BITS))
-    return np.concatenate([np.searchsorted(row, places, side="right") - 1 for row in law_tables(trellis)]).astype(np.uint8)
+def lookups(begins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of tables as `law_tables`: the token at every sixteenth place, uint8 (contexts · 1024,), and the range of zero where the
+    magnitude average is m, its begin · 2^16 + its length, uint32 (2048,)."""
+    places = -(-begins.astype(np.int64) >> (P_BITS - LOOKUP_BITS))
+    lookup = np.repeat(np.tile(np.arange(TOKENS, dtype=np.uint8), len(begins)), np.diff(places).reshape(-1))
+    zeros = begins[SIGNS * LEVEL_OF + SIGNS // 2, MIDDLE : MIDDLE + 2]
+    return lookup, (zeros[:, 0] << 16) + zeros[:, 1] - zeros[:, 0]
 
 
 def magnitude_laws(sizes: int) -> np.ndarray:

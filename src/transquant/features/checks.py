@@ -1,4 +1,4 @@
-"""What coders of feature maps ask of the values they are given, and of the settings and arrays that they were stored as."""
+"""What coders of feature maps ask of the values that they are given, and of a stored state, which may say anything."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ import numpy as np
 from transquant.errors import CorruptFile, InputError
 from transquant.features.records import FloatMap, Point
 
-LEAST_STEP = 1e-30  # of a quantizer: its inverse is a float32 too
+LARGEST = 1e30  # value of a map, so that sums over channels are float32 too
+LEAST_STEP, MOST_STEP = 1e-30, 1e34  # of a quantizer, so that its inverse is
 
 
 def finite(values: FloatMap, point_name: str) -> FloatMap:
-    """The values, if there is no NaN and no infinity among them. Raises InputError."""
-    if not np.isfinite(values).all():
-        what = "NaN" if np.isnan(values).any() else "infinite"
-        raise InputError(f"the feature map of {point_name!r} has {what} values, only finite ones can be coded")
+    """The values, if there is no NaN, no infinity and none above ±1e30 among them. Raises InputError."""
+    low, high = values.min(initial=0), values.max(initial=0)
+    if not (low >= -LARGEST and high <= LARGEST):  # both are NaN where a value is
+        what = "NaN" if np.isnan(low) else "infinite" if np.isinf(low) or np.isinf(high) else "too large"
+        raise InputError(f"the feature map of {point_name!r} has {what} values, allowed are finite ones up to ±{LARGEST:g}")
     return values
 
 
@@ -76,8 +78,8 @@ def stored_number(settings: Mapping[str, Any], name: str) -> float:
 def stored_step(settings: Mapping[str, Any]) -> float:
     """The setting "step". Raises CorruptFile where it is missing or none that a fit can choose."""
     step = stored_number(settings, "step")
-    if not LEAST_STEP <= step <= 1 / LEAST_STEP:
-        raise CorruptFile(f"the step of a coder of feature maps is {step}, allowed are {LEAST_STEP} to {1 / LEAST_STEP}")
+    if not LEAST_STEP <= step <= MOST_STEP:
+        raise CorruptFile(f"the step of a coder of feature maps is {step}, allowed are {LEAST_STEP} to {MOST_STEP}")
     return step
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transquant.entropy import tables as rans_tables
-from transquant.entropy.rans import code_plain, log_event, rans_encode, take_event
+from transquant.entropy.rans import event, leave, leave_plain, plain_event, rans_encode
 from transquant.errors import CorruptFile
 from transquant.features.records import IntMap
 
@@ -29,9 +29,10 @@ BINS, CLASSES = (
 AROUND, TAPS, REFERENCES = 6, 3, 2
 LUT, LUT_SHIFT = 2048, 1  # entries of the table from s to its bin, and how much of s an entry spans
 LANES, SMALL = 4, 4096  # lanes of rANS; below so many symbols one
-LONGEST = 21  # bits of an escaped symbol
+LONGEST = 23  # bits below the leading one of an escaped symbol's distance and sign
+FURTHEST = 32767  # of p, and of what is seen of a symbol
 COARSE = 6  # a table's first guess at a token: by the upper 8 of 14 bits
-_ONE = rans_tables.P_ONE
+_ONE, _LOW = rans_tables.P_ONE, rans_tables.STATE_LOW
 # borders in s, in units of 1/256 symbol
 CUTS = (2, 4, 7, 11, 16, 23, 32, 43, 57, 75, 98, 128, 167, 218, 285, 372, 485, 632, 824, 1074, 1400, 1825, 2379)
 BIN_OF = np.searchsorted(np.array(CUTS), np.arange(LUT) << LUT_SHIFT, side="right").astype(np.uint8)
@@ -85,6 +86,49 @@ def _bits_of(value):  # type: ignore[no-untyped-def]
 
 
 @nb.njit(cache=True, nogil=True)
+def _log_escape(folded, lane, log, cursor):  # type: ignore[no-untyped-def]
+    """Five bits of the length of `folded`, and what is below its leading bit."""
+    left = _bits_of(folded) - 1
+    log[cursor[0]] = plain_event(lane, left + 1, 5)
+    cursor[0] += 1
+    while left > 0:
+        part = min(left, 14)
+        log[cursor[0]] = plain_event(lane, (folded >> (left - part)) & ((1 << part) - 1), part)
+        cursor[0] += 1
+        left -= part
+
+
+@nb.njit(cache=True, nogil=True)
+def _take_plain(length, lane, states, words, cursor):  # type: ignore[no-untyped-def]
+    state = np.int64(states[lane])
+    value = (state & (_ONE - 1)) >> (rans_tables.P_BITS - length)
+    state = leave_plain(state, length)
+    if state < _LOW:
+        if cursor[1] < len(words):
+            state = (state << 16) | np.int64(words[cursor[1]])
+            cursor[1] += 1
+        else:
+            cursor[2] = 1
+            state = np.int64(_LOW)
+    states[lane] = state
+    return value
+
+
+@nb.njit(cache=True, nogil=True)
+def _take_escape(lane, states, words, cursor):  # type: ignore[no-untyped-def]
+    left = _take_plain(5, lane, states, words, cursor) - 1
+    if left < 0 or left > LONGEST:
+        cursor[2] = 1
+        return np.int64(1)
+    folded = np.int64(1)
+    while left > 0:
+        part = min(left, 14)
+        folded = (folded << part) | _take_plain(part, lane, states, words, cursor)
+        left -= part
+    return folded
+
+
+@nb.njit(cache=True, nogil=True)
 def code_map(  # type: ignore[no-untyped-def]
     decoding, symbols, mean, scale, references, nonnegative, begins, bins, first, lanes, states, words, log, cursor, seen, counting
 ):
@@ -115,7 +159,7 @@ def code_map(  # type: ignore[no-untyped-def]
                     other = plane[second_reference]
                     mu += m[10] * other[y + 2, i] + m[11] * other[y + 2, i - 1] + m[12] * other[y + 1, i]
                     sigma += s[6] * left_over[second_reference, y + 2, i]
-                p = (mu + 128) >> 8
+                p = min(max((mu + 128) >> 8, -FURTHEST), FURTHEST)
                 if nonnegative and p <= 0:
                     p = 0
                     kind = (mu >= 12) + (mu >= 32) + (mu >= 72)
@@ -139,42 +183,36 @@ def code_map(  # type: ignore[no-untyped-def]
                     while begins[table, token + 1] <= low:
                         token += 1
                     start = np.int64(begins[table, token])
-                    take_event(state, start, np.int64(begins[table, token + 1]) - start, lane, states, words, cursor)
+                    state = leave(state, start, np.int64(begins[table, token + 1]) - start)
+                    if state < _LOW:
+                        if cursor[1] >= len(words):
+                            cursor[2] = 1
+                            return
+                        state = (state << 16) | np.int64(words[cursor[1]])
+                        cursor[1] += 1
+                    states[lane] = state
                     symbol = p + token - MIDDLE
                 else:
                     start = np.int64(begins[table, token])
-                    log_event(lane, start, np.int64(begins[table, token + 1]) - start, log, cursor)
-                if token == ESCAPE:  # length, then the bits below the leading one, of twice |symbol − p| and the sign, plus one
-                    folded = np.int64(0)
-                    if not decoding:
-                        distance = symbol - p
-                        folded = 2 * distance + 1 if distance >= 0 else -2 * distance
-                    length = _bits_of(folded)
+                    log[cursor[0]] = event(lane, start, np.int64(begins[table, token + 1]) - start)
+                    cursor[0] += 1
+                if token == ESCAPE:
+                    distance = symbol - p
+                    folded = 2 * distance + 1 if distance >= 0 else -2 * distance  # from 1
                     if counting:
-                        seen[table, TOKENS] += 4 + length
+                        seen[table, TOKENS] += 4 + _bits_of(folded)
+                    elif decoding:
+                        folded = _take_escape(lane, states, words, cursor)
+                        symbol = p + (folded >> 1 if folded & 1 else -(folded >> 1))
                     else:
-                        length = code_plain(decoding, length, 5, lane, states, words, log, cursor)
-                        if length < 1 or length > LONGEST + 2:
-                            cursor[2] = 1
-                            return
-                        value = np.int64(1)
-                        left = length - 1
-                        while left > 0:
-                            part = min(left, 14)
-                            piece = code_plain(
-                                decoding, (folded >> (left - part)) & ((1 << part) - 1), part, lane, states, words, log, cursor
-                            )
-                            value = (value << part) | piece
-                            left -= part
-                        if decoding:
-                            symbol = p + (value >> 1 if value & 1 else -(value >> 1))
+                        _log_escape(folded, lane, log, cursor)
                 if decoding:
                     if cursor[2]:
                         return
                     symbols[k, y, x] = symbol
-                bounded = min(max(symbol, -32767), 32767)
+                bounded = min(max(symbol, -FURTHEST), FURTHEST)
                 row[i] = bounded
-                rest[i] = min(abs(symbol - p), 32767)
+                rest[i] = min(abs(symbol - p), FURTHEST)
 
 
 def _lanes(count: int) -> int:
@@ -193,7 +231,8 @@ def encode(symbols: IntMap, predictor: Predictor, tables: Tables) -> bytes:
         False, symbols, predictor.mean, predictor.scale, predictor.references, predictor.nonnegative, tables.begins, BIN_OF,
         tables.first, lanes, _NO_STATES, _NO_WORDS, log, cursor, _NO_COUNTS, False,
     )  # fmt: skip
-    states, words = rans_encode(log, cursor[0], lanes)
+    states = np.full(lanes, _LOW, np.uint32)
+    words = rans_encode(log[: cursor[0]], states)
     return bytes(states.astype("<u4").tobytes() + words.astype("<u2").tobytes())
 
 
@@ -204,17 +243,15 @@ def decode(data: bytes, shape: tuple[int, int, int], predictor: Predictor, table
     if len(data) < 4 * lanes or len(data) % 2:
         raise CorruptFile(f"a feature map's payload of {len(data)} bytes is too short or odd")
     states = np.frombuffer(data, "<u4", lanes).astype(np.uint32)
-    if int(states.min()) < rans_tables.STATE_LOW:
+    if int(states.min()) < _LOW:
         raise CorruptFile("an initial state of a feature map's payload is out of range")
-    words = np.concatenate([np.frombuffer(data, "<u2", offset=4 * lanes), np.zeros(rans_tables.SPARE_WORDS, "<u2")]).astype(
-        np.uint16
-    )
+    words = np.frombuffer(data, "<u2", offset=4 * lanes).astype(np.uint16)
     cursor = np.zeros(3, np.int64)
     code_map(
         True, symbols, predictor.mean, predictor.scale, predictor.references, predictor.nonnegative, tables.begins, BIN_OF,
         tables.first, lanes, states, words, _NO_LOG, cursor, _NO_COUNTS, False,
     )  # fmt: skip
-    if cursor[2] or cursor[1] != len(words) - rans_tables.SPARE_WORDS or (states != rans_tables.STATE_LOW).any():
+    if cursor[2] or cursor[1] != len(words) or (states != _LOW).any():
         raise CorruptFile("a feature map's payload does not end where its symbols do")
     return symbols
 

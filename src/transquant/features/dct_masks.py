@@ -5,8 +5,8 @@
 
 After the activation. N-bit masks of blocks of N channels, last block filled up with zeros. Each layer has what calibration
 samples cost least in: J = bits + λ · squared error, λ = 6 / (ln 2 · step²), the slope of uniform quantization at high rate. S and
-T have the same step, and so, where nothing saturates, the same error; where T's coefficients would, T with a step large enough is
-tried as well. With the mask of zeros those are restored exactly; what lies beyond where the activation clips is clipped.
+T are tried at the same step; where T's coefficients would saturate at it, T with a step large enough is tried as well. With the
+mask of zeros those are restored exactly; what lies beyond where the activation clips is clipped.
 `values="huffman"`, an option of ours: the others' size classes (how many bits a magnitude has) by a Huffman code, then sign and
 remaining bits.
 """
@@ -32,7 +32,7 @@ from transquant.features.checks import (
     stored_integer,
     stored_number,
     stored_step,
-)  # fmt: skip
+)
 from transquant.features.huffman import HuffmanTables, code_lengths, frequencies_of
 from transquant.features.masks import pack, population, unpack
 from transquant.features.records import Fit, FloatMap, IntMap, Point, Sensitivity
@@ -40,6 +40,7 @@ from transquant.features.records import Fit, FloatMap, IntMap, Point, Sensitivit
 Values = Literal["bytes", "huffman"]
 Order = Literal["given", "clustered"]
 BLOCKS = (4, 8, 16, 32)
+MOST_C = 4096.0  # above it nothing is left of any map
 _SIGNED, _UNSIGNED = 127, 255  # largest magnitudes
 _CLASSES = {True: 7, False: 8}
 _MOST = 1 << 20
@@ -60,7 +61,7 @@ class DctMaskOptions:
                 raise InputError(f"{name} is {getattr(self, name)!r}, allowed are {', '.join(map(str, allowed))}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DctMaskCoder:
     """A fitted coder. See `MapCoder`; `before` is False.
 
@@ -227,8 +228,8 @@ def from_state(settings: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) ->
 
 
 def fit_dct_masks(options: DctMaskOptions = DctMaskOptions()) -> Fit:
-    """A fit of this method. The scalar c is the step in parts of the layer's range, of maps that do not clip to 0 twice the largest
-    magnitude; 1 / 255 is 8 bits, and the step is never below that. The sensitivity is not used."""
+    """A fit of this method. The scalar c is the step in units of the layer's 8-bit step: max / 255 of maps that clip to 0,
+    max |x| / 127 of others; it is 1 at least, as 8 bits are all there are. The sensitivity is not used."""
 
     def fit(samples: FloatMap, point: Point, sensitivity: Sensitivity, c: float) -> DctMaskCoder:
         """A coder of samples float32 (N, C, H, W). Raises InputError."""
@@ -236,7 +237,7 @@ def fit_dct_masks(options: DctMaskOptions = DctMaskOptions()) -> Fit:
         values = point.activated(samples) if point.clips else samples
         signed = bool(values.min() < 0) or not point.clips
         largest = float(np.abs(values).max()) or 1.0
-        step = max(c * largest * (2 if signed else 1), largest / (_SIGNED if signed else _UNSIGNED), LEAST_STEP)
+        step = max(min(max(c, 1), MOST_C) * largest / (_SIGNED if signed else _UNSIGNED), LEAST_STEP)
         order = _clustered(values, options.block) if options.order == "clustered" else None
         sparse = DctMaskCoder(point.name, point.channels, False, False, signed, options.block, step, point.low, point.high, order)
         dense = replace(sparse, dct=True)

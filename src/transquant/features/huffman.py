@@ -53,7 +53,7 @@ def frequencies_of(counts: NDArray[np.float64]) -> NDArray[np.uint16]:
     return np.clip(scaled, 1, 65_535).astype(np.uint16)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HuffmanTables:
     """T codes of the same S symbols: lengths uint8 (T, S). Raises CorruptFile where they are not those of complete codes."""
 

@@ -33,5 +33,6 @@ METHODS = {
     "pca-quantized": _published(fit_pca(PcaOptions("pca-q")), 2.0**-4),
     "pca-truncated": _published(fit_pca(PcaOptions("pca-t")), 2.0**-4),
     "none": _published(fit_pca(PcaOptions("none")), 2.0**-4),
+    "dct-cm-huffman": _published(fit_dct_masks(DctMaskOptions(values="huffman")), 8.0),
     **{f"dct-cm-{n}" if n != 8 else "dct-cm": _published(fit_dct_masks(DctMaskOptions(n)), 4.0) for n in (4, 8, 16, 32)},
 }

@@ -1,4 +1,4 @@
-"""Feature map transform coding (Chmiel, Baskin et al., arXiv 1905.10830, sections III and IV): PCA, one step, Huffman codes.
+"""Feature map transform coding (Chmiel, Baskin et al., arXiv 1905.10830, and its public code): PCA, one step, Huffman codes.
 
     x − mean ─ Uᵀ ─ (· − low) / step, rounded ─ symbols ─ one Huffman table ─ payload        before the ReLU; the mirror after it
 
@@ -33,14 +33,14 @@ from transquant.features.checks import (
     stored_integer,
     stored_number,
     stored_step,
-)  # fmt: skip
-from transquant.features.huffman import HuffmanTables, frequencies_of
+)
+from transquant.features.huffman import MAX_LENGTH, HuffmanTables, frequencies_of
 from transquant.features.records import Fit, FloatMap, IntMap, Point, Sensitivity
 from transquant.transforms.fit import klt
 
 Transform = Literal["none", "pca", "pca-q", "pca-t"]
 Tables = Literal["layer", "component"]
-LEAST_C = 2.0**-14
+LEAST_C, MOST_C = 2.0**-14, 16.0  # finer, there are more symbols than codes; coarser, one
 CODEWORDS = 256
 _ROUNDS = 30  # of k-means
 _COUNTS_A_SYMBOL = 16  # of a component, for a table of its own
@@ -67,7 +67,7 @@ class PcaOptions:
             raise InputError(f"share is {self.share}, allowed are numbers above 0, up to 1")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PcaCoder:
     """A fitted coder; K components, S symbols, T tables. See `MapCoder`.
 
@@ -158,6 +158,8 @@ def from_state(settings: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) ->
     basis = codebook = None
     if transform == "pca-q":
         codebook = stored_array(arrays, "codebook", np.float32, (CODEWORDS,))
+        if np.any(codebook[1:] < codebook[:-1]):
+            raise CorruptFile("the codebook of a coder of feature maps is not in rising order")
         basis = codebook[stored_array(arrays, "indices", np.uint8, (channels, len(errors)))]
     elif transform != "none":
         basis = stored_array(arrays, "basis", np.float32, (channels, len(errors)))
@@ -165,13 +167,14 @@ def from_state(settings: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) ->
         raise CorruptFile(f"a coder of feature maps has {len(errors)} components, expected are {channels}")
     frequencies = stored_array(arrays, "frequencies", np.uint16, (None, None))
     table_of = stored_array(arrays, "table_of", np.uint16, (len(errors),))
-    if not frequencies.size or frequencies.min() < 1 or table_of.max(initial=0) >= len(frequencies):
-        raise CorruptFile("a coder of feature maps has Huffman tables that are empty, have no code for a symbol, or are missing")
+    if not frequencies.size or frequencies.min() < 1 or frequencies.shape[1] > 1 << MAX_LENGTH:
+        raise CorruptFile("a Huffman table of feature maps has no code for a symbol, or too many symbols")
+    if table_of.max(initial=0) >= len(frequencies) or len(frequencies) > len(errors) + 1:
+        raise CorruptFile(f"a coder of feature maps has {len(frequencies)} Huffman tables, others than its components name")
     return PcaCoder(
         str(settings.get("point")), stored_choice(settings, "before", (True, False)), transform, channels,
         stored_array(arrays, "mean", np.float32, (channels,)), basis, codebook, stored_number(settings, "low"),
-        stored_step(settings), errors,
-        frequencies, table_of,
+        stored_step(settings), errors, frequencies, table_of,
     )  # fmt: skip
 
 
@@ -186,7 +189,7 @@ def scalar_of(bits: float) -> float:
 
 
 def fit_pca(options: PcaOptions = PcaOptions()) -> Fit:
-    """A fit of this method. The scalar c is the step in parts of the layer's range, c = 1 / (2^b − 2), at least `LEAST_C`; the
+    """A fit of this method. The scalar c is the step in parts of the layer's range, c = 1 / (2^b − 2), within bounds; the
     sensitivity is not used, as the paper knows none. Maps of points that do not clip are coded as they are given."""
 
     def fit(samples: FloatMap, point: Point, sensitivity: Sensitivity, c: float) -> PcaCoder:
@@ -204,7 +207,7 @@ def fit_pca(options: PcaOptions = PcaOptions()) -> Fit:
                 basis = codebook[_nearest(codebook, basis)]
         coeffs = [_analysed(x, mean, basis) for x in samples]
         low, high = float(min(p.min() for p in coeffs)), float(max(p.max() for p in coeffs))
-        step = max(max(c, LEAST_C) * (high - low), LEAST_STEP)
+        step = max(min(max(c, LEAST_C), MOST_C) * (high - low), LEAST_STEP)
         levels = int(np.rint((high - low) / step)) + 1
         zeros = np.zeros(coeffs[0].shape[0], np.float32)
         draft = PcaCoder(
