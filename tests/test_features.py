@@ -158,6 +158,29 @@ def test_sequences_and_half_precision():
     assert torch.equal(server(device(x)), outputs_of(codec, model, x, "3#0"))
 
 
+class Excited(nn.Module):
+    """Linear layers on pooled maps and on pixels, between a convolution and the activation behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.gate, self.mix = nn.Conv2d(3, 5, 3), nn.Linear(5, 5), nn.Linear(5, 7)
+
+    def forward(self, x):
+        x = self.conv(x)
+        x = torch.relu(x * torch.sigmoid(self.gate(torch.relu(x.mean((2, 3)))))[:, :, None, None])
+        return torch.relu(self.mix(x.movedim(1, -1)))
+
+
+def test_channels_are_where_the_last_layer_of_such_a_shape_left_them():
+    model = Excited()
+    assert [(p.axis, p.channels) for p in points_of(model, X)] == [(1, 5), (1, 5), (3, 7)]
+    whole = nn.Sequential(nn.ReLU(), model)
+    codec = plain_codec(whole, X, 0.02)
+    with codec.attach(whole):
+        for side in (12, 9):  # a pass does not begin with what the last one left
+            assert outputs(whole, X[..., :side, :side]).shape == (6, side - 2, side - 2, 7)
+
+
 def outputs_of(codec, model, x, point):
     """With one point coded."""
     with codec.attach(model, only=[point]):
