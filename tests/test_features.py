@@ -143,6 +143,19 @@ def test_other_sizes_and_each_sample_is_its_own():
     assert together.points[0].values == 3 * 8 * 21 * 9
 
 
+def test_threads_change_nothing():
+    before, packets = torch.get_num_threads(), []
+    device, _ = CODEC.split(NET, "#0")
+    device.network, maps = nn.Identity(), outputs(NET.stem)  # convolutions may differ in their last digits
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            packets.append(device.encode(maps))
+    finally:
+        torch.set_num_threads(before)
+    assert packets[0] == packets[1]
+
+
 def test_sequences_and_half_precision():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.Linear(10, 5), nn.ReLU()).eval().to(torch.bfloat16)
