@@ -130,8 +130,9 @@ def test_format_page_and_code_name_the_same_dtypes():
 
 
 def test_public_names():
-    names = {"compress", "load", "CompressedModel", "Limits", "Report", "errors", "reader", "__version__"}
+    names = {"compress", "load", "CompressedModel", "Limits", "Report", "errors", "reader", "features", "__version__"}
     assert names <= set(dir(transquant))
+    assert {"calibrate", "load", "FeatureCodec"} <= set(dir(transquant.features))
     parameters = inspect.signature(transquant.compress).parameters
     for name in (
         "model",
@@ -158,7 +159,9 @@ def test_public_names():
 
 
 def test_public_functions_say_what_they_raise():
-    for function in (transquant.compress, transquant.load, transquant.CompressedModel.save, transquant.reader.load):
+    maps = transquant.features
+    own = (maps.calibrate, maps.load, maps.FeatureCodec.attach, maps.FeatureCodec.split, maps.FeatureCodec.load)
+    for function in (transquant.compress, transquant.load, transquant.CompressedModel.save, transquant.reader.load, *own):
         assert "Raise" in function.__doc__, function
 
 

@@ -104,6 +104,7 @@ def test_batches_that_do_not_go_together():
         SERVER([PACKETS[0], *DEVICE(torch.randn(1, 3, 20, 20))])
 
 
+@pytest.mark.slow
 def test_the_example_sends_bytes_between_two_processes():
     pytest.importorskip("sklearn", reason="the example's data come with scikit-learn")
     script = Path(__file__).resolve().parents[1] / "examples" / "split_over_socket.py"

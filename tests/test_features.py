@@ -143,6 +143,19 @@ def test_other_sizes_and_each_sample_is_its_own():
     assert together.points[0].values == 3 * 8 * 21 * 9
 
 
+def test_threads_change_nothing():
+    before, packets = torch.get_num_threads(), []
+    device, _ = CODEC.split(NET, "#0")
+    device.network, maps = nn.Identity(), outputs(NET.stem)  # convolutions may differ in their last digits
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            packets.append(device.encode(maps))
+    finally:
+        torch.set_num_threads(before)
+    assert packets[0] == packets[1]
+
+
 def test_sequences_and_half_precision():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.Linear(10, 5), nn.ReLU()).eval().to(torch.bfloat16)
@@ -156,6 +169,29 @@ def test_sequences_and_half_precision():
     assert ledger.values == 2 * 7 * 15
     device, server = codec.split(model, "3")
     assert torch.equal(server(device(x)), outputs_of(codec, model, x, "3#0"))
+
+
+class Excited(nn.Module):
+    """Linear layers on pooled maps and on pixels, between a convolution and the activation behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.gate, self.mix = nn.Conv2d(3, 5, 3), nn.Linear(5, 5), nn.Linear(5, 7)
+
+    def forward(self, x):
+        x = self.conv(x)
+        x = torch.relu(x * torch.sigmoid(self.gate(torch.relu(x.mean((2, 3)))))[:, :, None, None])
+        return torch.relu(self.mix(x.movedim(1, -1)))
+
+
+def test_channels_are_where_the_last_layer_of_such_a_shape_left_them():
+    model = Excited()
+    assert [(p.axis, p.channels) for p in points_of(model, X)] == [(1, 5), (1, 5), (3, 7)]
+    whole = nn.Sequential(nn.ReLU(), model)
+    codec = plain_codec(whole, X, 0.02)
+    with codec.attach(whole):
+        for side in (12, 9):  # a pass does not begin with what the last one left
+            assert outputs(whole, X[..., :side, :side]).shape == (6, side - 2, side - 2, 7)
 
 
 def outputs_of(codec, model, x, point):
@@ -214,6 +250,12 @@ def test_more_calls_than_were_calibrated():
     model.layer1[0].forward = lambda x, b=model.layer1[0]: b.act(b.act(b.act(b.one(x))))
     with pytest.raises(InputError, match=r"'layer1.0.act' calls activations more often than the 2 times"), CODEC.attach(model):
         outputs(model)
+
+
+def test_only_part_of_the_network():
+    """Where it begins and ends would not be known."""
+    with pytest.raises(InputError, match=r"only what model\(...\) runs"), CODEC.attach(NET):
+        outputs(NET.layer1, torch.randn(1, 8, 4, 4))
 
 
 def test_maps_that_are_empty_or_not_finite():

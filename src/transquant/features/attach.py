@@ -14,7 +14,7 @@ from transquant.features.coded_point import CodedPoint
 from transquant.features.ledger import Ledger, Row
 from transquant.features.maps import from_maps
 from transquant.features.points import replacing
-from transquant.features.records import FloatMap, IntMap, Point
+from transquant.features.records import FloatMap, Point
 from transquant.workers import spread
 
 
@@ -26,9 +26,11 @@ class _Session:
         self.left = left  # names of points that are not coded
         self.rows = {c.point.name: Row(c.point.name, c.point.activation, c.coder.mode) for c in coded}
         self.met: list[str] = []  # in this forward pass
-        self.runs = False  # what other networks do meanwhile is their own
+        self.runs, self.outside = False, 0  # what other networks do meanwhile is their own
 
     def replace(self, point: Point, tensor: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+        if not self.runs:
+            self.outside += point.name in self.coded
         if not self.runs or point.name in self.left:
             return activation(tensor)
         coded = self._known(point)
@@ -37,21 +39,21 @@ class _Session:
         values, lengths = coded.maps(result)
         sources = coded.maps(tensor)[0] if coded.coder.before else values
 
-        def through(sample: FloatMap) -> tuple[FloatMap, IntMap, int]:
+        def through(sample: FloatMap) -> tuple[FloatMap, float, int]:
             packet, symbols = coded.encode(sample, lengths)
-            return coded.decode(packet)[0], symbols, len(packet)
+            return coded.decode(packet)[0], coded.coder.ideal_bits(symbols), len(packet)
 
         done = spread(through, list(sources), True)
         maps = np.stack([d[0] for d in done])
-        self._enter(coded, values, maps, [d[1] for d in done], sum(d[2] for d in done))
+        self._enter(point.name, values, maps, sum(d[1] for d in done), sum(d[2] for d in done))
         return from_maps(maps, lengths, point.axis).to(result.device, result.dtype)
 
-    def _enter(self, coded: CodedPoint, values: FloatMap, maps: FloatMap, symbols: Sequence[IntMap], size: int) -> None:
-        row = self.rows[coded.point.name]
+    def _enter(self, name: str, values: FloatMap, maps: FloatMap, bits: float, size: int) -> None:
+        row = self.rows[name]
         row.samples += len(values)
         row.values += values.size
         row.bytes += size
-        row.ideal_bits += sum(coded.coder.ideal_bits(s) for s in symbols)
+        row.ideal_bits += bits
         row.zeros += int((values == 0).sum())
         row.coded_zeros += int((maps == 0).sum())
         row.signal += float(np.square(values, dtype=np.float64).sum())
@@ -99,6 +101,8 @@ def attached(model: nn.Module, coded: Sequence[CodedPoint], left: frozenset[str]
     try:
         with replacing(model, session.replace):
             yield ledger
+        if session.outside and not ledger.values:
+            raise InputError("parts of the network were run, but not the network itself: only what model(...) runs is coded")
     finally:
         for hook in hooks:
             hook.remove()

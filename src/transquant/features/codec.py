@@ -112,5 +112,5 @@ class FeatureCodec:
 
 
 def load(path: str | PathLike[str], limits: Limits | None = None) -> FeatureCodec:
-    """Read a codec file: `FeatureCodec.load`."""
+    """Read a codec file. Raises as `FeatureCodec.load` does."""
     return FeatureCodec.load(path, limits)

@@ -42,14 +42,14 @@ class _Calls(TorchFunctionMode):
         super().__init__()
         self.replace, self.path = replace, [""]
         self.calls: dict[str, int] = {}
-        self.last_axis, self.inside = 0, False
+        self.axes, self.inside = dict[int, int](), False  # of the channels in tensors of so many axes, as layers left them
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         options = kwargs or {}
-        if func in LINEAR:
-            self.last_axis = -1
-        elif func in CONVOLUTIONS:
-            self.last_axis = 1
+        if func in LINEAR or func in CONVOLUTIONS:
+            result = func(*args, **options)
+            self.axes[result.ndim] = 1 if func in CONVOLUTIONS else result.ndim - 1
+            return result
         name = ACTIVATIONS.get(func)
         tensor = args[0] if args else options.get("input")
         if self.inside or name is None or not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.ndim < 2:
@@ -63,7 +63,7 @@ class _Calls(TorchFunctionMode):
         path = self.path[-1]
         number = self.calls.get(path, 0)
         self.calls[path] = number + 1
-        axis = self.last_axis % tensor.ndim or (tensor.ndim - 1 if tensor.ndim == 3 else 1)
+        axis = self.axes.get(tensor.ndim, 2 if tensor.ndim == 3 else 1)
         low, high = CLIPS.get(name, (None, None))
         point = Point(f"{path}#{number}", name, axis, tensor.shape[axis], low, high)
         in_place = bool(options.get("inplace")) or func in (torch.relu_, functional.relu_, Tensor.relu_, functional.hardtanh_)
@@ -94,6 +94,7 @@ def replacing(model: nn.Module, replace: Replace) -> Iterator[None]:
     def enter(module: nn.Module, args: Any) -> None:
         if module is model:
             calls.calls.clear()
+            calls.axes.clear()
             calls.path[:] = [""]
         else:
             calls.path.append(names[module])
