@@ -173,10 +173,12 @@ class Ledger:
         places, names = range(len(self.points)), [row.name for row in self.points]
         above, below = figure.subplots(2, 1, sharex=True)
         above.bar(places, [row.bits_per_value for row in self.points], label="packets")
-        above.plot(places, [row.ideal_bits / max(row.values, 1) for row in self.points], "k_", label="information content")
+        above.plot(
+            places, [row.ideal_bits / max(row.values, 1) for row in self.points], "k_", markersize=12, label="information content"
+        )
         above.axhline(self.bits_per_value, color="gray", linestyle="--", linewidth=1, label="mean")
         above.set_ylabel("bits per value")
-        above.legend()
+        above.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)  # beside no bar is there room
         below.bar(places, [row.snr_db if -inf < row.snr_db < inf else 0 for row in self.points], color="C2")
         below.set_ylabel("signal to noise (dB)")
         below.set_xticks(places, names, rotation=90, fontsize=7)
