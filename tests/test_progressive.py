@@ -166,3 +166,16 @@ def test_size_threads_and_work_folder(tmp_path, monkeypatch):
 def test_below_effort_eight_and_without_sizes_there_is_none(net, images):
     assert not tq.compress(net, images, bits=4.0, effort=7).report.settings["progressive"]
     assert not tq.compress(net, images, step=0.05, effort=8).report.settings["progressive"]
+
+
+def test_a_walk_that_is_far_worse_is_the_last(net, images, short, monkeypatch):
+    walks = []
+
+    def counted(encoder, teacher, c, choice, say):
+        walks.append(c)
+        return progressive(encoder, teacher, c, choice, say)
+
+    monkeypatch.setattr(target_search, "progressive", counted)
+    monkeypatch.setattr(target_search, "HOPELESS", 0.0)
+    assert not tq.compress(net, images, bits=4.0, effort=8).report.settings["progressive"]
+    assert len(walks) == 1
