@@ -36,8 +36,14 @@ JOBS = {
     "resnet20": (4.0, 3.0, 2.0, 1.5, 1.0, 0.7), "squeezenet": (3.0, 2.0, 1.5), "mobilenet": (4.0, 3.0), "charrnn": (3.0, 2.0),
 }  # fmt: skip
 TITLES = {"resnet20": "ResNet-20", "squeezenet": "SqueezeNet 1.1", "mobilenet": "MobileNetV1 0.25", "charrnn": "character LSTM"}
+RESULTS = Path(__file__).with_suffix(".json")
 PLAIN, DEFAULT, BEST = 0, 5, 9  # efforts; 0: without calibration
 Fold = tuple[Tensor, Tensor, Tensor]  # calibration samples, test samples, test labels
+
+
+def measured() -> list[dict[str, Any]]:
+    """All rows so far."""
+    return json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
 
 
 def folds(name: str) -> list[Fold]:
@@ -170,25 +176,21 @@ def main() -> None:
     parser.add_argument("--efforts", nargs="*", type=int, default=[PLAIN, DEFAULT, BEST])
     parser.add_argument("--fresh", action="store_true", help="measure again what is known")
     arguments = parser.parse_args()
-    path = Path(__file__).with_suffix(".json")
     asked = [(n, b, e) for n in arguments.networks for e in arguments.efforts for b in JOBS[n]]
     for name, bits, effort in asked:
-        rows = _read(path)
+        rows = measured()
         known = any((r["network"], r["bits"], r["effort"]) == (name, bits, effort) for r in rows)
         if known and not arguments.fresh:
             continue
         row = run(name, bits, effort, folds(name))
         print(json.dumps(row), file=sys.stderr, flush=True)
-        rows = [r for r in _read(path) if (r["network"], r["bits"], r["effort"]) != (name, bits, effort)] + [row]
+        rows = [r for r in measured() if (r["network"], r["bits"], r["effort"]) != (name, bits, effort)] + [row]
         rows.sort(key=lambda r: (list(JOBS).index(r["network"]), -r["bits"], r["effort"]))
         machine = {"processor": platform.machine(), "torch": torch.__version__}
-        path.write_text(json.dumps({"command": "python benchmarks/main_job.py", "machine": machine, "rows": rows}, indent=1) + "\n")
-    publish(_read(path))
-    print(table(_read(path)), efforts_table(_read(path)), sep="\n")
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text())["rows"] if path.exists() else []
+        content = {"command": "python benchmarks/main_job.py", "machine": machine, "rows": rows}
+        RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    publish(measured())
+    print(table(measured()), efforts_table(measured()), sep="\n")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ POINTS = (0.5, 1.0, 3.0, 10.0)
 KLS = (0.01, 0.03, 0.1, 0.3)
 LABELS = {
     "ours": "transquant",
+    "best": "transquant, effort 9",
     "nncodec": "NNCodec 2.1.3",
     "brevitas": "Brevitas GPTQ (counted)",
     "plain": "nearest rounding, our coder",
@@ -60,7 +61,7 @@ def families(rows: list[Row], name: str, method: str) -> list[list[Row]]:
 
 
 def comparison(rows: list[Row], key: str) -> list[Row]:
-    """For every network and score the bytes of every method and the ratio of ours to NNCodec's; also that of the envelopes."""
+    """For every network and score the bytes of every method and the ratios of ours to NNCodec's; also that of the envelopes."""
     result = []
     for name in dict.fromkeys(r["network"] for r in rows):
         for value in KLS if key == "kl" else DROPS.get(name, POINTS):
@@ -68,20 +69,24 @@ def comparison(rows: list[Row], key: str) -> list[Row]:
                 {m: min(filter(None, (bytes_at(f(p, key), value) for p in families(rows, name, m))), default=None) for m in LABELS}
                 for f in (curve, envelope)
             )
-            ratios = [s["ours"] / s["nncodec"] if s["ours"] and s["nncodec"] else None for s in (sizes, lucky)]
-            result.append({"network": name, "value": value, **sizes, "ratio": ratios[0], "lucky": ratios[1]})
+            ratios = {
+                ratio: s[own] / s["nncodec"] if s[own] and s["nncodec"] else None
+                for ratio, s, own in (("ratio", sizes, "ours"), ("best ratio", sizes, "best"), ("lucky", lucky, "ours"))
+            }
+            result.append({"network": name, "value": value, **sizes, **ratios})
     return result
 
 
 def table(rows: list[Row], key: str) -> str:
     """The comparison as Markdown."""
     what = "KL to float, nats" if key == "kl" else "below float"
-    heads = ["network", what, *LABELS.values(), "ours / NNCodec", "… best single settings"]
+    heads = ["network", what, *LABELS.values(), "ours / NNCodec", "effort 9 / NNCodec", "ours, best single settings"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in comparison(rows, key):
         unit = "" if key == "kl" else " bits/char" if row["network"] == "charrnn" else " points"
         cells = [f"{row[m]:,.0f}" if row[m] else "–" for m in LABELS]
-        cells += [f"**{row['ratio']:.2f}**" if row["ratio"] else "–", f"{row['lucky']:.2f}" if row["lucky"] else "–"]
+        cells += [f"**{row[r]:.2f}**" if row[r] else "–" for r in ("ratio", "best ratio")]
+        cells += [f"{row['lucky']:.2f}" if row["lucky"] else "–"]
         lines.append(f"| {TITLES[row['network']]} | {row['value']:g}{unit} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -95,7 +100,7 @@ def publish(rows: list[Row]) -> None:
     names = list(dict.fromkeys(r["network"] for r in rows))
     figure = Figure(figsize=(11, 8), dpi=110, layout="constrained")
     for axes, name in zip(figure.subplots(2, 2).flat, names, strict=False):
-        for method, color in zip(LABELS, ("tab:blue", "tab:red", "tab:green", "tab:gray"), strict=True):
+        for method, color in zip(LABELS, ("tab:blue", "tab:cyan", "tab:red", "tab:green", "tab:gray"), strict=True):
             for own, line in zip(families(rows, name, method), ("-", ":"), strict=False):
                 axes.plot([r["bytes"] / 1000 for r in own], [-r["drop"] for r in own], ".", color=color, alpha=0.4)
                 points = curve(own, "drop")

@@ -46,12 +46,16 @@ def short(monkeypatch):
     monkeypatch.setattr(module, "UPDATES", 6)
 
 
-def test_outputs_come_nearer_at_the_same_steps_and_are_those_of_the_file(setting):
+def test_outputs_come_nearer_at_the_same_steps_and_are_those_of_the_file(setting, monkeypatch):
     encoder, teacher, reference = setting
     plain = encoder.draft(encoder.first_guess(500), Choice())
-    draft = progressive(encoder, teacher, plain.c, Choice(), quiet)
-    assert (draft.c, draft.step) == (plain.c, plain.step)
-    assert reference.distortion(draft.state()) < 0.7 * reference.distortion(plain.state())
+    distortions = []
+    for seed in range(3):  # of a network as small as this, how much depends on the draw of rows: a third to all of it is left
+        monkeypatch.setattr(module, "SEED", seed)
+        draft = progressive(encoder, teacher, plain.c, Choice(), quiet)
+        assert (draft.c, draft.step) == (plain.c, plain.step)
+        distortions.append(reference.distortion(draft.state()))
+    assert np.median(distortions) < 0.7 * reference.distortion(plain.state())
     files = [encoder.encode(d).data for d in (plain, draft)]
     assert len(files[1]) < 1.1 * len(files[0])
     read = tq.reader.loads(files[1])
@@ -162,3 +166,16 @@ def test_size_threads_and_work_folder(tmp_path, monkeypatch):
 def test_below_effort_eight_and_without_sizes_there_is_none(net, images):
     assert not tq.compress(net, images, bits=4.0, effort=7).report.settings["progressive"]
     assert not tq.compress(net, images, step=0.05, effort=8).report.settings["progressive"]
+
+
+def test_a_walk_that_is_far_worse_is_the_last(net, images, short, monkeypatch):
+    walks = []
+
+    def counted(encoder, teacher, c, choice, say):
+        walks.append(c)
+        return progressive(encoder, teacher, c, choice, say)
+
+    monkeypatch.setattr(target_search, "progressive", counted)
+    monkeypatch.setattr(target_search, "HOPELESS", 0.0)
+    assert not tq.compress(net, images, bits=4.0, effort=8).report.settings["progressive"]
+    assert len(walks) == 1

@@ -6,8 +6,8 @@
 Steps, offsets and the metric are those of a draft, and the format is the same. Its nearest relative is incremental network
 quantization (Zhou et al. 2017, arXiv 1702.03044), which fixes weights in parts, too, and trains the rest. There parts are chosen by
 magnitude and rounded one by one to powers of two, and the rest learns labels for epochs; here rows are drawn at random and go
-through the error feedback and the trellis, and the rest learns the network's own outputs on unlabelled samples in a few hundred
-small steps. Weights that are float have exact gradients, where one through a quantizer is a guess.
+through the error feedback and the trellis, and the rest learns the network's own outputs on unlabelled samples in little
+more than a thousand small steps. Weights that are float have exact gradients, where one through a quantizer is a guess.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from transquant.tuning import LARGE
 from transquant.weights import CodedWeight, dequantized, predicted
 
 FROM = 8  # effort
-GROUPS = 14
+GROUPS = 20
 TAPER = 0.6  # by how much the first group is larger than the mean, and the last one smaller: few rows are left to make up for it
 TILT = 1.2  # of the log of a bit's price, from the first group to the last: what is lost first can be made up for
-UPDATES, FINISH = 44, 40  # steps after each group; of the vectors at last
+UPDATES, FINISH = 64, 40  # steps after each group; of the vectors at last
 RATE, VECTOR_RATE = 0.005, 0.02  # of the first step after each group, in quantizer steps
 DECAY = 0.98  # of Adam's mean squares: gradients change with every group
 

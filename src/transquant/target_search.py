@@ -29,7 +29,8 @@ _log = logging.getLogger("transquant")
 COARSEST = 2.0**100  # a scalar c at which every symbol is zero
 FAITHFUL = Choice(rate=1.0, shrink=1.0)  # where the weights' own error is the metric, theory holds to the letter
 PASSES = 5  # through all layers in execution order, at most, until the size is met
-PROGRESSIONS = 2  # walks through all groups of rows, at most, until the size is met
+PROGRESSIONS = 3  # walks through all groups of rows, at most, until the size is met
+HOPELESS = 1.5  # times the draft's distortion: a walk that is worse is the last, whatever its size
 RELEARNED = 3  # drafts whose vectors learn, at most, until the size is met
 NEARBY = 0.125  # octaves of c over which the slope of a large model's size is taken
 ROUGH = 0.05  # of the target's size: near enough to choose transforms
@@ -247,18 +248,20 @@ class TargetSearch:
         """The same size with rows that were fixed group by group, if the held-back samples agree that this is better."""
         if self.teacher is None or self.reference is None or self.effort < PROGRESSIVE_FROM:
             return draft, choice
-        teacher, closest = self.teacher, Closest[Draft](self.target.value)
+        teacher, closest, before = self.teacher, Closest[Draft](self.target.value), self._distortion(draft)
 
         def size_of(c: float) -> float:
             found = progressive(self.encoder, teacher, c, choice, lambda done, total: self.say("progressive", done, total))
-            return self.target.value if found is None else closest.offer(found, self.size(found))
+            if found is None or self._distortion(found) > HOPELESS * before:
+                return self.target.value  # another walk would change little
+            return closest.offer(found, self.size(found))
 
-        meet_size(size_of, self.target.value, self.target.slack, draft.c, self.slope, max_steps=PROGRESSIONS)
+        meet_size(size_of, self.target.value, 0.4 * self.target.slack, draft.c, self.slope, max_steps=PROGRESSIONS)
         found = closest.item
         if found is None or not self.target.value - self.target.slack <= closest.size <= self.target.value:
-            _log.info("progressive quantization met no file of the asked size")
+            _log.info("progressive quantization gave no file of the asked size, or a far worse one")
             return draft, choice
-        before, after = self._distortion(draft), self._distortion(found)
+        after = self._distortion(found)
         _log.info("measured distortion %.4g, with progressive quantization %.4g", before, after)
         if after >= before:
             return draft, choice
