@@ -5,7 +5,8 @@
 Throughput: values of all maps a second through quantize + encode, and through decode + dequantize, best of several passes.
 Ledger: time of a forward pass on coded maps over that of the float network, one thread each. Cuts: bytes and milliseconds an image
 of our packet, beside the same map rounded to 8 bits a value: raw, as PNG (channels side by side, Pillow's best), and under zlib
-and, where the module is there, zstd at level 19. Codecs are calibrated at the rates of features.py ("auto") on 256 samples.
+and, where the module is there, zstd at level 19. encode_ms has the coder's transform in it, and so has folded_network_ms, where it
+is folded into the device's network. Codecs are calibrated at the rates of features.py ("auto") on 256 samples.
 Writes feature_speed.json and the tables in docs/features.md.
 """
 
@@ -110,11 +111,14 @@ def cut(name: str, model: torch.nn.Module, codec: features.FeatureCodec, images:
     raw = [np.rint(a / scale).clip(0, 255).astype(np.uint8) for a in after]
     with torch.no_grad():
         first = best(lambda: device.network(images[:1])) * 1000
+        running = device.folded or device.network
+        folded = best(lambda: running(images[:1])) * 1000
     row = {
         "network": name, "cut": at, "shape": list(after.shape[1:]), "values": int(after[0].size), "mode": coded.coder.mode,
         "bytes": sum(map(len, packets)) / len(packets),
         "encode_ms": 1000 * best(lambda: [coded.encode(v, lengths) for v in values]) / len(values),
         "decode_ms": 1000 * best(lambda: [coded.decode(p) for p in packets]) / len(values), "device_network_ms": first,
+        "folded_network_ms": folded,
         "raw_bytes": float(raw[0].size), "zlib_bytes": sum(len(zlib.compress(r.tobytes(), 9)) for r in raw) / len(raw),
         "png_bytes": sum(len(_png(r)) for r in raw) / len(raw),
         "png_ms": 1000 * best(lambda: [_png(r) for r in raw]) / len(raw),

@@ -19,6 +19,7 @@ class PlainCoder:
     steps: np.ndarray
     before: bool = False
     kind = "plain"
+    components = None
 
     @property
     def mode(self):

@@ -23,15 +23,16 @@ class CodedPoint:
     index: int
     fingerprint: bytes
 
-    def maps(self, tensor: Tensor) -> tuple[FloatMap, Lengths]:
-        """A tensor at this point as maps (N, C, H, W), checked; lengths of its axes beside samples and channels.
+    def maps(self, tensor: Tensor, channels: int | None = None) -> tuple[FloatMap, Lengths]:
+        """A tensor at this point as maps (N, C, H, W), checked; lengths of its axes beside samples and channels. `channels`: how
+        many are expected, the point's by default; K of a tensor of components.
 
         Raises InputError for no samples, no pixels, another number of channels, values that are not finite."""
         name, axis = self.point.name, self.point.axis
-        if axis >= tensor.ndim or tensor.shape[axis] != self.point.channels:
+        expected = channels or self.point.channels
+        if axis >= tensor.ndim or tensor.shape[axis] != expected:
             raise InputError(
-                f"the feature map at {name!r} has shape {tuple(tensor.shape)}, expected {self.point.channels} channels in axis "
-                f"{axis}"
+                f"the feature map at {name!r} has shape {tuple(tensor.shape)}, expected {expected} channels in axis {axis}"
             )
         if tensor.numel() == 0:
             raise InputError(f"the feature map at {name!r} is empty: it has shape {tuple(tensor.shape)}")
@@ -43,7 +44,11 @@ class CodedPoint:
     def encode(self, values: FloatMap, lengths: Lengths) -> tuple[bytes, IntMap]:
         """The packet of one sample's map float32 (C, H, W), and the symbols (K, H, W) in it."""
         symbols = self.coder.quantize(values)
-        return pack(self.fingerprint, Packet(self.index, lengths, self.coder.encode(symbols))), symbols
+        return self.packet(symbols, lengths), symbols
+
+    def packet(self, symbols: IntMap, lengths: Lengths) -> bytes:
+        """The packet of one sample's symbols int32 (K, H, W)."""
+        return pack(self.fingerprint, Packet(self.index, lengths, self.coder.encode(symbols)))
 
     def decode(self, data: bytes, limits: Limits | None = None) -> tuple[FloatMap, Lengths]:
         """What the network goes on with: float32 (C, H, W) after the activation, and the tensor's other lengths.

@@ -93,6 +93,11 @@ class DctMaskCoder:
         """ "S", "T", or "T0" with the mask of zeros."""
         return ("T0" if self.zero_mask else "T") if self.dct else "S"
 
+    @property
+    def components(self) -> None:
+        """None: masks need the values."""
+        return None
+
     def quantize(self, values: FloatMap) -> IntMap:
         """float32 (C, H, W) → symbols int32 (K, H, W)."""
         x = self._in_order(map_of(values, self.channels, self.point_name))

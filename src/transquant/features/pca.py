@@ -35,7 +35,7 @@ from transquant.features.checks import (
     stored_step,
 )
 from transquant.features.huffman import MAX_LENGTH, HuffmanTables, frequencies_of
-from transquant.features.records import Fit, FloatMap, IntMap, Point, Sensitivity
+from transquant.features.records import Components, Fit, FloatMap, IntMap, Point, Sensitivity
 from transquant.transforms.fit import klt
 
 Transform = Literal["none", "pca", "pca-q", "pca-t"]
@@ -98,15 +98,22 @@ class PcaCoder:
         """The transform."""
         return self.transform
 
+    @property
+    def components(self) -> Components | None:
+        """Those of the basis."""
+        return None if self.basis is None else Components(np.ascontiguousarray(self.basis.T), self.mean, self._rounded)
+
     def quantize(self, values: FloatMap) -> IntMap:
         """float32 (C, H, W) → symbols int32 (K, H, W) from 0 to S−1. Raises InputError for values that are not finite."""
         x = map_of(values, self.channels, self.point_name)
-        coeffs = _analysed(x, self.mean, self.basis)
-        coeffs -= np.float32(self.low)
+        return self._rounded(_analysed(x, self.mean, self.basis)).reshape(-1, *x.shape[1:])
+
+    def _rounded(self, components: FloatMap) -> IntMap:
+        coeffs = components - np.float32(self.low)
         coeffs *= np.float32(1 / self.step)
         np.rint(coeffs, out=coeffs)
         np.clip(coeffs, 0, self.frequencies.shape[1] - 1, out=coeffs)
-        return coeffs.astype(np.int32).reshape(-1, *x.shape[1:])
+        return coeffs.astype(np.int32)
 
     def dequantize(self, symbols: IntMap) -> FloatMap:
         """int32 (K, H, W) → float32 (C, H, W)."""

@@ -21,7 +21,7 @@ from transquant.errors import CorruptFile
 from transquant.features.checks import map_of, stored_array, stored_integer
 from transquant.features.contexts import AROUND, BINS, CLASSES, REFERENCES, TAPS, TOKENS, Predictor, Tables, count, decode, encode
 from transquant.features.feedback import rounded
-from transquant.features.records import FloatMap, IntMap, Settings
+from transquant.features.records import Components, FloatMap, IntMap, Settings
 
 MAX_COMPONENTS = 1 << 16
 
@@ -85,6 +85,11 @@ class PredictiveCoder:
     def mode(self) -> str:
         """For the ledger."""
         return "channels" if self.transform is None else f"ELT {len(self.rounding.steps)}"
+
+    @property
+    def components(self) -> Components | None:
+        """Those of the ELT."""
+        return Components(self.transform.analysis, self.transform.mean, self.rounding.quantize) if self.transform else None
 
     def quantize(self, values: FloatMap) -> IntMap:
         """float32 (C, H, W) → int32 (K, H, W). Raises InputError for values that are not finite, or other shapes."""

@@ -57,6 +57,17 @@ class Sensitivity:
     covariance: NDArray[np.float64]
 
 
+@dataclass(frozen=True, slots=True)
+class Components:
+    """How a coder comes to its symbols where it rounds linear combinations of the channels: components are `analysis`, float32
+    (K, C), times (a pixel of the map − `mean`, float32 (C,)), and `quantize` makes symbols int32 (K, H, W) of components float32
+    (K, H, W)."""
+
+    analysis: FloatMap
+    mean: FloatMap
+    quantize: Callable[[FloatMap], IntMap]
+
+
 class MapCoder(Protocol):
     """Codes the maps of one point, one sample at a time.
 
@@ -75,6 +86,11 @@ class MapCoder(Protocol):
     @property
     def mode(self) -> str:
         """In a word or two, for the ledger."""
+        ...
+
+    @property
+    def components(self) -> Components | None:
+        """What the layer that makes the map can do of `quantize` (folding.py); None where symbols do not come so."""
         ...
 
     def quantize(self, values: FloatMap) -> IntMap:

@@ -13,6 +13,7 @@ from transquant.errors import InputError
 from transquant.features.codec import FeatureCodec
 from transquant.features.coded_point import CodedPoint
 from transquant.features.cuts import Traced
+from transquant.features.folding import Folder, ending
 from transquant.features.maps import from_maps
 from transquant.records import Limits
 from transquant.workers import spread
@@ -24,18 +25,39 @@ class Device(nn.Module):
     def __init__(self, network: fx.GraphModule, coded: CodedPoint) -> None:
         super().__init__()
         self.network, self.coded = network, coded
+        components = coded.coder.components
+        self._folder = None if components is None else Folder(components, coded.point)
+
+    @property
+    def folded(self) -> fx.GraphModule | None:
+        """What `encode` runs instead of `network` where the coder's transform goes into the last layer (folding.py), else None.
+        It is made on the first use, and again when weights in `network` have changed."""
+        return None if self._folder is None else self._folder(self.network)
 
     def encode(self, x: Tensor) -> list[bytes]:
         """A packet for each sample of a batch (N, ...). Raises InputError for an empty batch, for maps that are not finite."""
         if x.ndim == 0 or len(x) == 0:
             raise InputError(f"a batch of shape {tuple(x.shape)} has no samples")
+        coder, folded = self.coded.coder, self.folded
+        components = None if folded is None else coder.components
         with torch.no_grad():
-            maps, lengths = self.coded.maps(self.network(x))
-        return spread(lambda sample: self.coded.encode(sample, lengths)[0], list(maps), True)
+            tensor = self.network(x) if folded is None else folded(x)
+        maps, lengths = self.coded.maps(tensor, None if components is None else len(components.analysis))
+        symbols = coder.quantize if components is None else components.quantize
+        return spread(lambda sample: self.coded.packet(symbols(sample), lengths), list(maps), True)
 
     def forward(self, x: Tensor) -> list[bytes]:
         """`encode`."""
         return self.encode(x)
+
+    def extra_repr(self) -> str:
+        """The point, what is sent of its channels, and where the transform is done."""
+        point, components = self.coded.point, self.coded.coder.components
+        if components is None:
+            return f"{point.name}: {point.channels} channels"
+        end = ending(self.network, point)
+        where = "not folded" if end is None else f"folded into {end.path}"
+        return f"{point.name}: {len(components.analysis)} components of {point.channels} channels, {where}"
 
 
 class Server(nn.Module):
