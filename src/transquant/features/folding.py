@@ -122,9 +122,12 @@ def _folded_layer(end: Ending, components: Components) -> nn.Module:
     if end.layer.bias is not None:
         shift += scale * _float64(end.layer.bias)
     layer: nn.Module = copy.deepcopy(end.layer)
-    for own, value in (("weight", torch.tensordot(analysis * scale, _float64(weight), 1)), ("bias", analysis @ shift)):
-        setattr(layer, own, nn.Parameter(value.to(weight.device, weight.dtype), requires_grad=False))
-    setattr(layer, "out_features" if isinstance(layer, nn.Linear) else "out_channels", len(analysis))
+    folded = torch.tensordot(analysis * scale, _float64(weight), 1), analysis @ shift
+    layer.weight, layer.bias = (nn.Parameter(v.to(weight.device, weight.dtype), requires_grad=False) for v in folded)
+    if isinstance(layer, nn.Linear):
+        layer.out_features = len(analysis)
+    elif isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        layer.out_channels = len(analysis)
     return layer
 
 
