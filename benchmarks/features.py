@@ -31,7 +31,7 @@ from peers_tables import bytes_at, curve
 from transquant import features
 
 RATES = {
-    "auto": {"resnet20": (1.5, 1.8, 1.2), "squeezenet": (1.4, 1.0, 0.8), "mobilenet": (2.8, 2.4, 2.0)},
+    "auto": {"resnet20": (1.5, 1.8, 1.2), "squeezenet": (1.4, 2.0, 1.0), "mobilenet": (2.8, 2.4, 2.0)},
     "auto, 8-bit weights": {"resnet20": (1.5,), "squeezenet": (1.4,), "mobilenet": (2.8,)},
     "pca": {"resnet20": (3.0, 3.5, 2.5), "squeezenet": (3.0, 2.5, 3.5), "mobilenet": (4.5, 6.0, 7.0)},
     "dct-cm": {"resnet20": (4.9,), "squeezenet": (4.3,), "mobilenet": (5.5,)},
