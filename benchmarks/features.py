@@ -7,7 +7,7 @@ Every map that an activation function makes is coded, one packet a sample and ma
 on with what comes out of the packets. Networks, splits and scores are those of main_job.py: ResNet-20 calibrated on 2,048 training
 images and scored on all test images, SqueezeNet and MobileNetV1 on one half of the sample and scored on the other, both ways.
 "auto, 8-bit weights": the network's weights are a compressed file of fixed 8-bit codes, and the drop is still against float.
-Writes features.json and the tables in docs/features.md.
+Writes features.json and the table in docs/features.md.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ import transquant as tq
 from main_job import TITLES, folds, score
 from networks import logits, network
 from pages import insert_table
-from peers_tables import bytes_at, curve
 from transquant import features
 
 RATES = {
@@ -83,25 +82,6 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def at_equal_kl(rows: list[Row]) -> str:
-    """Bits a value of the ways at equal KL divergence, which has less noise than the score, as Markdown."""
-    ways = ("auto", "pca", "dct-cm-huffman")
-    heads = ("network", "KL, nats", *(LABELS[w] for w in ways), "transquant / PCA + Huffman")
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for name in dict.fromkeys(r["network"] for r in rows):
-        for value in (0.01, 0.02, 0.05):
-            sizes = {}
-            for way in ways:
-                own = [r for r in rows if (r["network"], r["method"]) == (name, way)]
-                sizes[way] = (
-                    bytes_at(curve([{"bytes": r["bits_per_value"], "kl": r["kl"]} for r in own], "kl"), value) if own else None
-                )
-            cells = [f"{s:.2f}" if s else "–" for s in sizes.values()]
-            ratio = sizes["auto"] / sizes["pca"] if sizes["auto"] and sizes["pca"] else None
-            lines.append(f"| {TITLES[name]} | {value:g} | {' | '.join(cells)} | {f'**{ratio:.2f}**' if ratio else '–'} |")
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=list(DROPS), choices=list(DROPS))
@@ -126,7 +106,6 @@ def main() -> None:
                 path.write_text(json.dumps(record, indent=1) + "\n")
     rows = _rows(path)
     insert_table("docs/features.md", "features.py rates", table(rows))
-    insert_table("docs/features.md", "features.py kl", at_equal_kl(rows))
 
 
 def _rows(path: Path) -> list[Row]:
