@@ -39,25 +39,31 @@ class _Session:
         values, lengths = coded.maps(result)
         sources = coded.maps(tensor)[0] if coded.coder.before else values
 
-        def through(sample: FloatMap) -> tuple[FloatMap, float, int]:
-            packet, symbols = coded.encode(sample, lengths)
-            return coded.decode(packet)[0], coded.coder.ideal_bits(symbols), len(packet)
+        def through(pair: tuple[FloatMap, FloatMap]) -> tuple[FloatMap, tuple[float, ...]]:
+            source, wanted = pair
+            packet, symbols = coded.encode(source, lengths)
+            map_ = coded.decode(packet)[0]
+            signal = float(np.square(wanted, dtype=np.float64).sum())
+            noise = float(np.square(np.subtract(wanted, map_, dtype=np.float64)).sum())
+            zeros, coded_zeros = (m.size - int(np.count_nonzero(m)) for m in (wanted, map_))
+            return map_, (len(packet), coded.coder.ideal_bits(symbols), zeros, coded_zeros, signal, noise)
 
-        done = spread(through, list(sources), True)
+        done = spread(through, list(zip(sources, values, strict=True)), True)
         maps = np.stack([d[0] for d in done])
-        self._enter(point.name, values, maps, sum(d[1] for d in done), sum(d[2] for d in done))
+        self._enter(point.name, values, [d[1] for d in done])
         return from_maps(maps, lengths, point.axis).to(result.device, result.dtype)
 
-    def _enter(self, name: str, values: FloatMap, maps: FloatMap, bits: float, size: int) -> None:
+    def _enter(self, name: str, values: FloatMap, counted: Sequence[tuple[float, ...]]) -> None:
         row = self.rows[name]
         row.samples += len(values)
         row.values += values.size
-        row.bytes += size
-        row.ideal_bits += bits
-        row.zeros += int((values == 0).sum())
-        row.coded_zeros += int((maps == 0).sum())
-        row.signal += float(np.square(values, dtype=np.float64).sum())
-        row.noise += float(np.square(np.subtract(values, maps, dtype=np.float64)).sum())
+        for size, bits, zeros, coded_zeros, signal, noise in counted:
+            row.bytes += int(size)
+            row.ideal_bits += bits
+            row.zeros += int(zeros)
+            row.coded_zeros += int(coded_zeros)
+            row.signal += signal
+            row.noise += noise
 
     def _known(self, point: Point) -> CodedPoint:
         coded = self.coded.get(point.name)
