@@ -245,6 +245,20 @@ def test_bits_are_met_and_more_of_them_are_better(model, images, tmp_path):
     assert any(mode.startswith("ELT") for mode in (c.mode for c in codec.coders))  # of 24 channels that were 8
 
 
+def test_an_activation_in_place_changes_nothing(images):
+    nets = [nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace), nn.Conv2d(8, 4, 3), nn.ReLU(inplace), nn.Flatten(1), nn.LazyLinear(5))
+            for inplace in (False, True)]  # fmt: skip
+    for net in nets:
+        net(images[:1])
+    nets[1].load_state_dict(nets[0].state_dict())
+    found = [collect(net.eval(), [images[:20]], run, "mse", 0, lambda *_: None) for net in nets]
+    for one, other in zip(*(f.values() for f in found), strict=True):
+        assert np.allclose(one.mean, other.mean)
+        assert np.allclose(one.covariance, other.covariance)
+        assert np.allclose(one.channels, other.channels)
+        assert (one.mean < 0).any()  # of what goes into the activation
+
+
 def test_the_same_codec_again(model, images):
     first, second = (features.calibrate(model, [images[:40]], bits_per_value=2.0) for _ in range(2))
     assert first.data == second.data

@@ -74,9 +74,10 @@ def calibrate(
         found = collect(model, batches, run, metric, seed, lambda done, total: say("sensitivities", done, total))
         samples = _fitting_samples(model, batches, run)
         search = _Search(model, samples, run, found, METHODS[chosen], {"method": chosen, "seed": seed}, say)
-        if max_drop is not None:
-            return search.by_drop(*max_drop)
-        return search.by_bits(float(bits_per_value or 0))
+        if bits_per_value is not None:
+            return search.by_bits(bits_per_value)
+        assert max_drop is not None
+        return search.by_drop(*max_drop)
 
 
 class _Search:

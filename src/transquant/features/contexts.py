@@ -22,10 +22,8 @@ from transquant.errors import CorruptFile
 from transquant.features.records import IntMap
 
 TOKENS, ESCAPE, MIDDLE = 32, 31, 15  # symbol − p from −15 to 15, and all else
-BINS, CLASSES = (
-    24,
-    12,
-)  # of s, each a third wider than the last; of μ: four within p = 0, p = 1, and p > 1 each (maps of any sign: the last four)
+BINS = 24  # of s, each a third wider than the last
+CLASSES = 12  # of μ: four within p = 0, p = 1, and p > 1 each (maps of any sign: the last four)
 AROUND, TAPS, REFERENCES = 6, 3, 2
 LUT, LUT_SHIFT = 2048, 1  # entries of the table from s to its bin, and how much of s an entry spans
 LANES, SMALL = 4, 4096  # lanes of rANS; below so many symbols one

@@ -36,7 +36,7 @@ CONVOLUTIONS = {
 
 
 class _Calls(TorchFunctionMode):
-    """Meets activations while it is active; `module` is the path of the module that runs."""
+    """Meets activations while it is active; `path`: of the modules that run, the innermost last."""
 
     def __init__(self, replace: Replace) -> None:
         super().__init__()

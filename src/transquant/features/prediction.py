@@ -42,13 +42,12 @@ def fit_predictor(symbols: IntMap, nonnegative: bool) -> Predictor:
     near = np.stack([np.ones_like(target), *(at[o].astype(np.float64) for o in OFFSETS)], 1)  # (K, 7, P)
     alone = _solve(near, target)
     references = _references(target - np.einsum("kf,kfp->kp", alone, near), target)
-    mean, rest = np.zeros((planes, 1 + AROUND + REFERENCES * TAPS)), np.empty_like(target)
+    mean = np.zeros((planes, 1 + AROUND + REFERENCES * TAPS))
     for k in range(planes):
         rows = [near[k], *(at[o][r][None].astype(np.float64) for r in references[k] if r >= 0 for o in REFERENCE_OFFSETS)]
         features = np.concatenate(rows)
         weights = _solve(features[None], target[k][None])[0]
         mean[k, : len(weights)] = weights
-        rest[k] = np.abs(target[k] - np.rint(np.maximum(weights @ features, 0) if nonnegative else weights @ features))
     whole = _rests(bounded, mean, references, nonnegative)
     around = [taken(shifted(whole, *o)).astype(np.float64) for o in OFFSETS[:4]]
     own = taken(whole).astype(np.float64)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from transquant.errors import InputError
-from transquant.features.maps import pixels
+from transquant.features.maps import to_maps
 from transquant.features.points import replacing
 from transquant.features.records import Point, Sensitivity
 from transquant.stats.metric import direction, resolve, unit
@@ -29,7 +29,7 @@ class _Sums:
         self.gradients = torch.zeros(channels, channels, dtype=torch.float64)
         self.neighbours = torch.zeros(channels, 5, 5, dtype=torch.float64)
         self.values, self.products = torch.zeros(channels, dtype=torch.float64), torch.zeros_like(self.gradients)
-        self.pixels, self.batches = 0, 0.0
+        self.pixels = 0
 
     def add(self, gradient: Tensor, values: Tensor, factor: float) -> None:
         """Both (N, C, H, W)."""
@@ -57,7 +57,6 @@ def collect(
 ) -> dict[Point, Sensitivity]:
     """By point, in execution order; points that no gradient reaches are left out. Raises InputError where there is none."""
     sums: dict[Point, _Sums] = {}
-    reached: set[Point] = set()
     for index, batch in enumerate(batches):
         generator = torch.Generator().manual_seed((seed << 20) + index)
         leaves: dict[Point, tuple[Tensor, Tensor]] = {}
@@ -65,7 +64,8 @@ def collect(
         def replace(point: Point, tensor: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
             result = activation(tensor)
             own = result.view_as(result) if result.requires_grad else result.detach().requires_grad_()
-            leaves[point] = own, (tensor if point.clips else result).detach()  # noqa: B023
+            values = tensor if point.clips else result  # a copy: an activation in place goes on to change what it was given
+            leaves[point] = own, values.detach().clone()  # noqa: B023
             return own
 
         with torch.enable_grad(), replacing(model, replace):
@@ -81,14 +81,9 @@ def collect(
         for (point, (_, values)), gradient in zip(leaves.items(), gradients, strict=True):
             if gradient is None:
                 continue
-            reached.add(point)
-            sums.setdefault(point, _Sums(point.channels)).add(_maps(gradient, point), _maps(values, point), factor)
+            gradient, values = (torch.from_numpy(to_maps(t, point.axis)[0]) for t in (gradient, values))
+            sums.setdefault(point, _Sums(point.channels)).add(gradient, values, factor)
         progress(index + 1, len(batches))
-    if not reached:
+    if not sums:
         raise InputError("no gradient of the output reaches any of the network's feature maps")
     return {point: own.sensitivity() for point, own in sums.items()}
-
-
-def _maps(tensor: Tensor, point: Point) -> Tensor:
-    moved = tensor.detach().movedim(point.axis, 1).float().cpu()
-    return moved.reshape(*moved.shape[:2], *pixels(tuple(moved.shape[2:])))
