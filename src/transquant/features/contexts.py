@@ -68,10 +68,10 @@ class Tables:
         first = np.array([np.searchsorted(row, starts, side="right") - 1 for row in wide], np.uint8)
         return cls(begins, first)
 
-    @property
-    def bits(self) -> NDArray[np.float64]:
-        """Information content (CLASSES · BINS, TOKENS)."""
-        return rans_tables.P_BITS - np.log2(np.diff(self.begins.astype(np.int64), axis=1))
+    def content(self, seen: NDArray[np.int64]) -> float:
+        """Information content in bits of what `count` has seen."""
+        bits = rans_tables.P_BITS - np.log2(np.diff(self.begins.astype(np.int64), axis=1))
+        return float((seen[:, :TOKENS] * bits).sum() + seen[:, TOKENS].sum())
 
 
 @nb.njit(cache=True, nogil=True, inline="always")

@@ -43,14 +43,12 @@ def fit_predictive(samples: FloatMap, point: Point, sensitivity: Sensitivity, c:
     wanted = point.activated(samples) if point.clips else samples
     best, least = None, np.inf
     for rounding, transform in _ways(point, sensitivity, c):
-        values = samples if transform else wanted
-        if transform is not None:
-            values = np.stack([np.tensordot(transform.analysis, v - transform.mean[:, None, None], 1) for v in values])
+        values = wanted if transform is None else map(transform.analyze, samples)
         symbols = np.stack([rounding.quantize(v) for v in values])
         predictor = fit_predictor(symbols, rounding.nonnegative)
         seen = np.sum([count(s, predictor) for s in symbols], 0)
         coder = PredictiveCoder(point.name, point.channels, rounding, transform, predictor, learned(seen))
-        rate = float((seen[:, :-1] * coder.tables.bits).sum() + seen[:, -1].sum()) / len(samples)
+        rate = coder.tables.content(seen) / len(samples)
         cost = _distortion(coder, symbols, wanted, point, sensitivity) + SLOPE * c * c * rate
         if cost < least:
             best, least = Fitted(coder, seen), cost

@@ -34,6 +34,11 @@ class Transform:
     synthesis: FloatMap
     mean: FloatMap
 
+    def analyze(self, values: FloatMap) -> FloatMap:
+        """float32 (C, H, W) → (K, H, W)."""
+        result: FloatMap = np.tensordot(self.analysis, values - self.mean[:, None, None], 1)
+        return result
+
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
@@ -94,9 +99,7 @@ class PredictiveCoder:
     def quantize(self, values: FloatMap) -> IntMap:
         """float32 (C, H, W) → int32 (K, H, W). Raises InputError for values that are not finite, or other shapes."""
         values = map_of(values, self.channels, self.point_name)
-        if self.transform is not None:
-            values = np.tensordot(self.transform.analysis, values - self.transform.mean[:, None, None], 1)
-        return self.rounding.quantize(values)
+        return self.rounding.quantize(values if self.transform is None else self.transform.analyze(values))
 
     def dequantize(self, symbols: IntMap) -> FloatMap:
         """int32 (K, H, W) → float32 (C, H, W)."""
@@ -116,8 +119,7 @@ class PredictiveCoder:
 
     def ideal_bits(self, symbols: IntMap) -> float:
         """Information content under the tables."""
-        seen = count(symbols, self.predictor)
-        return float((seen[:, :-1] * self.tables.bits).sum() + seen[:, -1].sum())
+        return self.tables.content(count(symbols, self.predictor))
 
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """(settings, arrays)."""
