@@ -138,8 +138,11 @@ class _Search:
             known.append((at, log2(bits)))
             at = _next(known, aim)
         if best is None or best[0] < 0.97 * target:
-            reached = ", ".join(f"{exp2(b):.3g}" for _, b in sorted(known, key=lambda k: k[1]))
-            raise TargetError(f"no codec of method {self.settings['method']!r} has {target:g} bits a value; tried were {reached}")
+            reached = [exp2(b) for _, b in known]
+            raise TargetError(
+                f"no codec of method {self.settings['method']!r} has {target:g} bits a value, packets' heads included; "
+                f"those tried have {min(reached):.3g} to {max(reached):.3g}"
+            )
         return best[1]
 
     def by_drop(self, evaluate: Callable[[nn.Module], float], points: float) -> FeatureCodec:
