@@ -1,0 +1,73 @@
+"""What a weight is while it learns: a parametrization whose parameters are in units of the quantizer's steps.
+
+    parameter, in steps ─ soft quantizer ─ × step (─ basis) ─ weight of the layer
+                        └ code ─ symbols, as the file has them
+
+In steps all weights of a network are equally sensitive, since the steps of the template are where one more step costs the same
+everywhere; so one learning rate fits them all.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from transquant.grid import steps, total_index
+from transquant.records import CodedTensor, IntArray
+from transquant.training.code_length import CodeLengths
+
+if TYPE_CHECKING:
+    from transquant.training.network import SoftNetwork
+
+
+class SoftWeight(nn.Module):
+    """One weight's soft quantizer. Subclasses say how it is quantized, softly and for good.
+
+    `tensor`: the weight in the template, (O, n); `step`: the file's global step. `owner`: the network it belongs to, set by that."""
+
+    owner: SoftNetwork
+    unit: Tensor  # (O, n) or what broadcasts to it: what 1 of the parameter is in the weight (in its coefficients)
+
+    def __init__(self, tensor: CodedTensor, step: tuple[int, int]) -> None:
+        super().__init__()
+        self.tensor, self.name, self.shape = tensor, tensor.entry.name, tensor.entry.shape
+        self.register_buffer("unit", torch.from_numpy(step_sizes(tensor, step)).float(), persistent=False)
+
+    def forward(self, *originals: Tensor) -> Tensor:
+        """The weight as the layer uses it, in its shape."""
+        raise NotImplementedError
+
+    def bits(self, lengths: CodeLengths, *originals: Tensor) -> Tensor:
+        """Estimated bits of the weight, a scalar with gradients."""
+        raise NotImplementedError
+
+    def code(self, shift: float, *originals: Tensor) -> CodedTensor:
+        """The weight as the file has it; a larger `shift` makes it smaller."""
+        raise NotImplementedError
+
+    def loss(self, progress: float, *originals: Tensor) -> Tensor | None:
+        """What the method adds to the loss but bits, at a share of the training; None for nothing."""
+        return None
+
+    def settle(self, shift: float, *originals: Tensor) -> None:
+        """From now on the weight is what `code(shift)` says."""
+        raise NotImplementedError
+
+    def matrix(self, original: Tensor) -> Tensor:
+        """A tensor of the weight's shape as (O, n)."""
+        return original.reshape(self.tensor.symbols.shape)
+
+
+def step_sizes(tensor: CodedTensor, step: tuple[int, int]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Steps float64 of a coded matrix, broadcastable to (O, n)."""
+    entry = tensor.entry
+    return steps(step, total_index(entry.qp, tensor.row_exponents, tensor.column_exponents, entry.group_columns))
+
+
+def integers(symbols: Tensor) -> IntArray:
+    """Float symbols as int32."""
+    found: IntArray = symbols.detach().cpu().numpy().astype(np.int32)
+    return found

@@ -1,0 +1,96 @@
+"""The file that training starts from, and files of the same layout with what it has learned.
+
+    compress ─ file ─ Template ─┬─ steps, bases, symbols ─ soft weights ─ training ─ symbols ─┐
+                                └─ entries, steps of vectors ─────────────────────────────────┴─ bitstream.encode ─ file
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import Tensor
+
+from transquant import bitstream, modules
+from transquant.bitstream import Part
+from transquant.container import read_container
+from transquant.entropy.lanes import decode_planes, encode_planes
+from transquant.grid import steps
+from transquant.records import (
+    AliasEntry,
+    BatchNormEntry,
+    Coded,
+    CodedBatchNorm,
+    CodedEntry,
+    CodedTensor,
+    Container,
+    FloatArray,
+    IntArray,
+    Limits,
+    Plan,
+)
+from transquant.weights import quarter_octaves
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A compressed network: `coded` by entry, `plan` of the module it was made of."""
+
+    plan: Plan
+    container: Container
+    coded: Mapping[str, Coded]
+
+    @classmethod
+    def of(cls, plan: Plan, data: bytes) -> Template:
+        """The template that a file is."""
+        container = read_container(data, Limits(1 << 62, 1 << 62))
+        coded = bitstream.decode(container, lambda sections: [[decode_planes(*job)[0] for job in s] for s in sections])
+        return cls(plan, container, coded)
+
+    @property
+    def weights(self) -> dict[str, CodedTensor]:
+        """Coded matrices by name."""
+        entries = (e for e in self.container.entries if isinstance(e, CodedEntry) and len(e.shape) > 1)
+        return {e.name: t for e in entries if isinstance(t := self.coded[e.name], CodedTensor)}
+
+    def file(self, weights: Mapping[str, CodedTensor], state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+        """The file of these weights, and of the vectors and raw tensors of a state dict with the template's steps."""
+        values, raw = modules.gather(self.plan, state)
+        parts = self._parts(weights, values, state)
+        coder = next((s.kind for s in self.container.sections if s.kind not in "pr"), "m")
+        done = bitstream.encode(
+            self.container.step, parts, raw, lambda jobs: (encode_planes(*job) for job in jobs), coder, lambda: metadata,  # type: ignore[arg-type]
+        )  # fmt: skip
+        return done.data
+
+    def _parts(
+        self, weights: Mapping[str, CodedTensor], values: Mapping[str, FloatArray], state: Mapping[str, Tensor]
+    ) -> Iterator[Part]:
+        for entry in self.container.entries:
+            if entry.name in weights:
+                yield weights[entry.name].entry, weights[entry.name]
+            elif isinstance(entry, CodedEntry):
+                qp, symbols = self._vector(values[entry.name], entry.qp)
+                yield (own := replace(entry, qp=qp)), CodedTensor(own, symbols.reshape(entry.rows, entry.columns))
+            elif isinstance(entry, BatchNormEntry):
+                scale = self._vector(values[f"{entry.name}.scale"], entry.qps[0])
+                shift = self._vector(values[f"{entry.name}.shift"], entry.qps[1])
+                tracked = entry.batches_tracked if entry.batches_tracked is None else int(state[entry.key("num_batches_tracked")])
+                norm = replace(entry, qps=(scale[0], shift[0]), batches_tracked=tracked)
+                yield norm, CodedBatchNorm(norm, scale[1], shift[1])
+            else:
+                yield entry, None
+
+    def _vector(self, vector: FloatArray, qp: int) -> tuple[int, IntArray]:
+        """Step index and symbols int32 (C,) of a vector, as in `Encoder`."""
+        qp += quarter_octaves(np.abs(vector) / self.size(qp))
+        return qp, np.rint(vector.reshape(-1) / self.size(qp)).astype(np.int32)
+
+    def size(self, qp: int) -> float:
+        """The step of an index."""
+        return float(steps(self.container.step, np.array([[qp]]))[0, 0])
+
+    def aliases(self) -> dict[str, str]:
+        """Second names of tensors, and whose."""
+        return {e.name: e.of for e in self.container.entries if isinstance(e, AliasEntry)}

@@ -1,0 +1,116 @@
+"""Transform-quantization retraining (Young et al., arXiv 2009.01174, section on retraining; `quantize` in steps fixed before).
+
+Coefficients, and the basis where a layer has one, learn through straight-through rounding; steps are those that allocation gave.
+Where we differ: codes are entropy-coded, so rounding has a dead zone and what learns pays for the bits it takes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from transquant.records import CodedTensor
+from transquant.training.code_length import CodeLengths
+from transquant.training.rounding import rebuilt, symbols_of, through
+from transquant.training.soft import SoftWeight, integers
+from transquant.transforms.exact import dct_basis
+from transquant.transforms.layout import Layout
+
+
+class TransformWeight(SoftWeight):
+    """Parameters: coefficients in steps, in the weight's shape; and the basis, (r, r) in its integers, where one is sent."""
+
+    basis: Tensor
+    fixed: Tensor | None
+
+    def __init__(self, tensor: CodedTensor, step: tuple[int, int]) -> None:
+        super().__init__(tensor, step)
+        self.dead_zone = 0.5 - tensor.entry.recon_offsets[0] / 64  # magnitudes are rebuilt in the middle of their bins
+        self.register_buffer("fixed", None, persistent=True)
+        if tensor.entry.transform == "d":
+            self.register_buffer("basis", torch.from_numpy(dct_basis(tensor.entry.shape[2:])).float(), persistent=False)
+
+    def right_inverse(self, weight: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Parameters whose symbols are the template's and which are as near to the float weight as that allows."""
+        symbols = torch.from_numpy(self.tensor.symbols).float().to(weight.device)
+        coefficients = self.matrix(weight.detach().float())
+        basis = None
+        if self.tensor.basis is not None:
+            basis = torch.from_numpy(self.tensor.basis).float().to(weight.device)
+        if self.tensor.entry.transform != "i":
+            coefficients = self._analysis(coefficients, basis)
+        size, low = symbols.abs(), 1 - self.dead_zone
+        margin = 1e-3
+        inner = torch.where(size > 0, size - low + margin, -self.dead_zone + margin)
+        scaled = coefficients / self.unit * torch.where(symbols < 0, -1.0, 1.0)
+        near = torch.minimum(torch.maximum(scaled, inner), size + self.dead_zone - margin)
+        start = (near * torch.where(symbols < 0, -1.0, 1.0)).reshape(self.shape).to(weight.dtype)
+        return start if basis is None else (start, basis.to(weight.dtype))
+
+    def forward(self, *originals: Tensor) -> Tensor:
+        """Rounded coefficients, synthesized; gradients as if nothing were rounded."""
+        scaled = self.matrix(originals[0])
+        hard = rebuilt(self._symbols(scaled, 0.0), self.tensor.entry.recon_offsets)
+        decoded = (hard if self.fixed is not None else through(hard, scaled)) * self.unit
+        if self.tensor.entry.transform != "i":
+            basis = None if len(originals) < 2 else through(originals[1].round(), originals[1])
+            decoded = self._synthesis(decoded, basis)
+        return decoded.reshape(self.shape).to(originals[0].dtype)
+
+    def bits(self, lengths: CodeLengths, *originals: Tensor) -> Tensor:
+        """Of the coefficients; a basis keeps its length, nearly."""
+        return lengths.bits(self.name, (self.matrix(originals[0]).abs() - (self.dead_zone - 0.5)).clamp(min=0))
+
+    def code(self, shift: float, *originals: Tensor) -> CodedTensor:
+        """`shift`: by how many steps the dead zone is wider."""
+        symbols = integers(self._symbols(self.matrix(originals[0]), shift))
+        basis = None if len(originals) < 2 else integers(originals[1].round())
+        if basis is not None:  # columns whose band is zero throughout are not needed
+            used = np.abs(Layout.of(self.tensor.entry).coded_bands(symbols)).max(1) > 0
+            basis = np.where(used[None, :], basis, 0).astype(np.int32)
+        return replace(self.tensor, symbols=symbols, basis=basis)
+
+    def settle(self, shift: float, *originals: Tensor) -> None:
+        """Coefficients stay; a basis goes on learning."""
+        self.fixed = self._symbols(self.matrix(originals[0].detach()), shift)
+
+    def _symbols(self, scaled: Tensor, shift: float) -> Tensor:
+        if self.fixed is not None:
+            return self.fixed if shift == 0 else torch.where(scaled.abs() < self.dead_zone + shift, torch.zeros_like(scaled), self.fixed)
+        return symbols_of(scaled, self.dead_zone + shift)
+
+    def _matrix_of(self, basis: Tensor | None) -> Tensor:
+        """Synthesis (r, r), in the integers of the file: their scales are part of the steps."""
+        return self.basis if basis is None else basis
+
+    def _synthesis(self, coded: Tensor, basis: Tensor | None) -> Tensor:
+        layout = Layout.of(self.tensor.entry)
+        return from_bands(layout, self._matrix_of(basis) @ coded_bands(layout, coded))
+
+    def _analysis(self, weight: Tensor, basis: Tensor | None) -> Tensor:
+        layout = Layout.of(self.tensor.entry)
+        inverse = torch.linalg.pinv(self._matrix_of(basis).double())
+        bands = inverse @ torch.from_numpy(layout.bands(weight.cpu().numpy())).double().to(weight.device)
+        return torch.from_numpy(layout.coded(bands.cpu().numpy())).to(weight)
+
+
+def coded_bands(layout: Layout, coded: Tensor) -> Tensor:
+    """`Layout.coded_bands` of a tensor, with gradients."""
+    if layout.axis == "r":
+        return coded
+    if layout.axis == "j":
+        return coded.T
+    first, second = (layout.taps, layout.channels) if layout.axis == "k" else (layout.channels, layout.taps)
+    return coded.reshape(layout.rows, first, second).transpose(0, 1).reshape(first, layout.rows * second)
+
+
+def from_bands(layout: Layout, bands: Tensor) -> Tensor:
+    """`Layout.weight` of a tensor, with gradients."""
+    if layout.axis == "r":
+        return bands
+    if layout.axis in ("j", "k"):
+        return bands.T.reshape(layout.rows, layout.channels * layout.taps)
+    return bands.reshape(layout.channels, layout.rows, layout.taps).transpose(0, 1).reshape(layout.rows, -1)
