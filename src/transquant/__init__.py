@@ -18,13 +18,33 @@ from transquant.records import Limits
 from transquant.report import Report
 
 if TYPE_CHECKING:
-    from transquant import features, integrations, reader
+    from transquant import features, integrations, reader, training
     from transquant.codec import CompressedModel, compress, load
 
 __version__ = "0.1.0"
-__all__ = ["CompressedModel", "Limits", "Report", "__version__", "compress", "errors", "features", "integrations", "load", "reader"]
+__all__ = [
+    "CompressedModel",
+    "Limits",
+    "Report",
+    "__version__",
+    "compress",
+    "errors",
+    "features",
+    "integrations",
+    "load",
+    "reader",
+    "training",
+]
 
-_LAZY = {"compress": "codec", "load": "codec", "CompressedModel": "codec", "reader": "", "features": "", "integrations": ""}
+_LAZY = {
+    "compress": "codec",
+    "load": "codec",
+    "CompressedModel": "codec",
+    "reader": "",
+    "features": "",
+    "integrations": "",
+    "training": "",
+}
 
 
 def __dir__() -> list[str]:

@@ -97,6 +97,18 @@ def plan_state_dict(state: Mapping[str, Tensor], exact: Mapping[str, str] = NONE
     return _plan(specs, parameters, total)
 
 
+def names_of(plan: Plan) -> list[str]:
+    """State-dict keys of a plan, in order."""
+    names: list[str] = []
+    for spec in plan.specs:
+        if isinstance(spec, BatchNormSpec):
+            parts = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+            names += [spec.key(part) for part in (parts if spec.batches_tracked is not None else parts[:4])]
+        else:
+            names.append(spec.name)
+    return names
+
+
 def dtype_name(tensor: Tensor) -> str:
     """The dtype as FORMAT.md names it."""
     return str(tensor.dtype).removeprefix("torch.")

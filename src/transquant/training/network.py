@@ -1,22 +1,22 @@
 """A network whose weights are soft, and what it is worth at any moment: its bits, its file, the price of a bit.
 
-    prepare ─ SoftNetwork ─┬─ penalty ─ the loss
-                           ├─ price ─ follows the size of the file
-                           ├─ settle: symbols stay, all else goes on learning
-                           └─ file, at the asked size ─ harden
+prepare ─ SoftNetwork ─┬─ penalty ─ the loss
+                       ├─ price ─ follows the size of the file
+                       ├─ settle: symbols stay, all else goes on learning
+                       └─ file, at the asked size ─ harden
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from transquant import modules
 from transquant.errors import InputError, TargetError
 from transquant.records import CodedTensor
 from transquant.training.code_length import CodeLengths
@@ -27,6 +27,7 @@ from transquant.training.template import Template
 EVERY = 25  # steps between two looks at the file
 SLACK = 0.01  # by how much a file may be smaller than asked
 AIM = 0.996  # of the asked size, while vectors still learn
+RATE = 0.01  # steps a step of Adam
 SHIFTS = 14  # halvings of the interval of shifts
 
 
@@ -42,25 +43,24 @@ class Schedule:
 
 
 class SoftNetwork:
-    """`target`: bytes of the file, None where the method has a depth instead. `places`: by weight, the module and the attribute
-    that use it first."""
+    """Of a prepared module. `target`: bytes of the file, None where the method has a depth instead. `places`: by weight, the
+    modules and attributes that use it. `step`: of the optimizer, as `penalty` counts; `bytes`: of the file at the last look."""
 
     def __init__(
-        self, model: nn.Module, template: Template, soft: Mapping[str, SoftWeight], places: Mapping[str, tuple[nn.Module, str]],
-        target: float | None, price: Price, schedule: Schedule, method: str,
+        self, model: nn.Module, template: Template, soft: Mapping[str, SoftWeight],
+        places: Mapping[str, Sequence[tuple[nn.Module, str]]], target: float | None, price: Price, schedule: Schedule,
+        method: str, seed: int,
     ) -> None:  # fmt: skip
         self.template, self.soft, self.places, self.target = template, dict(soft), dict(places), target
-        self.price, self.schedule, self.method = price, schedule, method
+        self.price, self.schedule, self.method, self.seed = price, schedule, method, seed
         self.lengths, self.step, self.settled, self.bytes = CodeLengths(), 0, False, 0
-        self._state = model.state_dict  # of the prepared module
+        self.model = [model]
         for weight in self.soft.values():
             weight.owner = self
 
     def originals(self, name: str) -> tuple[Tensor, ...]:
         """The parameters of a weight."""
-        module, attribute = self.places[name]
-        found = module.parametrizations[attribute]  # type: ignore[index, union-attr]
-        return tuple(p for key, p in found.named_parameters(recurse=False) if key.startswith("original"))
+        return tuple(parameter for _, parameter in originals(*self.places[name][0]))
 
     @property
     def progress(self) -> float:
@@ -138,18 +138,35 @@ class SoftNetwork:
         shift = 0.0 if self.target is None else self.shift_for(self.target)
         return self._file(self.coded(shift))
 
-    def parameter_groups(self, rate: float, vector_rate: float | None = None) -> list[dict[str, Any]]:
-        """Groups for an Adam optimizer: weights at `rate` steps a step, all other parameters at `vector_rate`
-        (None: a tenth of it), neither with weight decay."""
-        own = {id(p): p for name in self.soft for p in self.originals(name)}
+    def parameter_groups(self, rate: float = RATE, vector_rate: float | None = None) -> list[dict[str, Any]]:
+        """Groups for an Adam optimizer: weights at `rate`, in their steps, what methods learn beside them at rates of its own, all
+        other parameters at `vector_rate` (None: a tenth of `rate`); none with weight decay."""
+        groups: dict[float, list[nn.Parameter]] = {}
+        own: set[int] = set()
+        for name, weight in self.soft.items():
+            for parameter, given in zip(self.originals(name), weight.rates, strict=False):
+                groups.setdefault(rate if given is None else given, []).append(parameter)  # type: ignore[arg-type]
+                own.add(id(parameter))
         rest = [p for p in self._module().parameters() if id(p) not in own and p.requires_grad]
-        return [
-            {"params": list(own.values()), "lr": rate, "weight_decay": 0.0},
-            {"params": rest, "lr": rate / 10 if vector_rate is None else vector_rate, "weight_decay": 0.0},
-        ]
+        found: list[dict[str, Any]] = [{"params": some, "lr": lr, "weight_decay": 0.0} for lr, some in groups.items()]
+        if rest:
+            found.append({"params": rest, "lr": rate / 10 if vector_rate is None else vector_rate, "weight_decay": 0.0})
+        return found
+
+    def check(self, model: nn.Module) -> None:
+        """Raises InputError where the model is not as it was prepared, but for the values of its tensors."""
+        present = set(map(id, model.modules()))
+        for name, uses in self.places.items():
+            if not all(id(m) in present and parametrize.is_parametrized(m, a) for m, a in uses):
+                raise InputError(f"the model has been changed since it was prepared: weight {name!r} is no longer where it was")
+        known = set(modules.names_of(self.template.plan)) - set(self.soft)
+        found = set(self.plain_state()) - set(self.soft)
+        if known != found:
+            names = ", ".join(sorted(known ^ found)[:3])
+            raise InputError(f"the model has been changed since it was prepared: it differs in {names}")
 
     def _module(self) -> nn.Module:
-        return self._state.__self__  # type: ignore[no-any-return, attr-defined]
+        return self.model[0]
 
     def _file(self, weights: Mapping[str, CodedTensor]) -> bytes:
         return self.template.file(weights, self.plain_state(), {"training": self.method})
@@ -159,3 +176,23 @@ class SoftNetwork:
         state = {k: v for k, v in self._module().state_dict().items() if ".parametrizations." not in f".{k}"}
         aliases = self.template.aliases()
         return state | {name: state[of] for name, of in aliases.items() if of in state}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs beside the module's and the optimizer's: numbers, and tensors by name."""
+        numbers = {"step": self.step, "settled": self.settled, "memory": self.price.memory, "error": self.price.error}
+        return {**numbers, "bytes": self.bytes, "lengths": self.lengths.state()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """The mirror of `state`; before the module's own state dict is loaded."""
+        self.step, self.settled, self.bytes = int(state["step"]), bool(state["settled"]), int(state["bytes"])
+        self.price.memory, self.price.error = float(state["memory"]), float(state["error"])
+        self.lengths.load(state["lengths"])
+        if self.settled:
+            for name, weight in self.soft.items():
+                weight.settle(0.0, *self.originals(name))
+
+
+def originals(module: nn.Module, attribute: str) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of a soft weight, by their names in the parametrization."""
+    found = module.get_submodule(f"parametrizations.{attribute}")
+    return [(key, p) for key, p in found.named_parameters(recurse=False) if key.startswith("original")]

@@ -1,41 +1,150 @@
-"""A module's weights become soft, and hard again."""
+"""A module's weights become soft, and hard again.
+
+model ─ compress ─ Template ─ soft weights ─┬─ the model, ready to be trained by whoever trains it
+                                            └─ SoftNetwork
+model ─ SoftNetwork.file ─ CompressedModel, and the model with the weights that it decodes to
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from math import log
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from transquant import codec, modules
 from transquant.errors import InputError
-from transquant.records import WeightSpec
+from transquant.records import BatchNormSpec, Plan, VectorSpec, WeightSpec
 from transquant.targets import parse_target
-from transquant.training.network import Schedule, SoftNetwork
+from transquant.training.methods import method_of
+from transquant.training.network import Schedule, SoftNetwork, originals
 from transquant.training.price import Price
 from transquant.training.soft import SoftWeight
 from transquant.training.template import Template
-from transquant.training.transform import TransformWeight
 from transquant.weights import lagrangian
 
-FINER = 1.0
+DEPTHS = 1, 8
 
 
 def prepare(
-    model: nn.Module, calibration: Iterable[Any] | None = None, *, method: str = "transform", bits: float, steps: int = 0,
-    finer: float = FINER, begin: float = 1.0, **options: Any,
+    model: nn.Module,
+    calibration: Iterable[Any] | None = None,
+    *,
+    method: str = "transform",
+    bits: float | None = None,
+    size: int | str | None = None,
+    steps: int = 0,
+    transform: str = "auto",
+    axis: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    output: Callable[[Any], Tensor] | None = None,
+    effort: int = 3,
+    seed: int = 0,
+    start: codec.CompressedModel | None = None,
+    **options: Any,
+) -> SoftNetwork:
+    """Make the weights of a network soft, in place, so that it can be trained for a small file; `harden` makes the file.
+
+    `model` is compressed once, as `compress` does (`calibration`, `transform`, `axis`, `overrides`, `forward`, `output`, `effort`,
+    `seed` are its arguments), which gives steps, bases and the size of vectors' steps; `start` is such a result from before, of
+    this model, without a trellis. Its weights become parametrizations (torch.nn.utils.parametrize), whose parameters are in
+    steps: make the optimizer afterwards, best of `SoftNetwork.parameter_groups()`, and add `SoftNetwork.penalty()` to the loss
+    at every step. `steps`: how many steps the training will take, for its schedule; 0: not known, everything stays as it begins.
+    `method`: "transform", "diffq", "crq": `bits` (8 · bytes of the file / parameters) or `size` (bytes, or "64KB") is what the file
+    will take; "qat", "lsq": `bits` is the depth of a weight, 1 to 8. `options` of the methods: docs/training.md.
+
+    Raises InputError, TargetError."""
+    chosen, own = method_of(method, options)
+    if soft_network(model) is not None:
+        raise InputError("the model is prepared already: harden it first, or take a fresh copy")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise InputError(f"steps is {steps!r}, allowed are integers from 0")
+    plan = modules.apply_overrides(modules.plan_model(model), overrides)
+    given = {"bits": bits, "size": size}
+    if not chosen.sized and (size is not None or bits is None or bits != int(bits) or not DEPTHS[0] <= bits <= DEPTHS[1]):
+        raise InputError(f"method {method!r} needs a depth: bits is {bits!r}, allowed are integers {DEPTHS[0]} to {DEPTHS[1]}")
+    target = parse_target(plan, given)
+    if start is None:
+        start = codec.compress(
+            model, calibration, bits=bits, size=size, trellis=False, transform=transform, axis=axis, overrides=overrides,
+            forward=forward, output=output, effort=effort, seed=seed,
+        )  # fmt: skip
+    return attach(model, plan, start, method, target.value if chosen.sized else None, steps, seed, bits or 0.0, own)
+
+
+def attach(
+    model: nn.Module, plan: Plan, start: codec.CompressedModel, method: str, target: float | None, steps: int, seed: int,
+    bits: float, options: Mapping[str, Any],
 ) -> SoftNetwork:  # fmt: skip
-    plan = modules.plan_model(model)
-    start = codec.compress(model, calibration, bits=bits * finer, trellis=False, **options)
+    """Soft weights for a template, and the network of them."""
     template = Template.of(plan, start.data)
-    specs = {s.name: s for s in plan.specs if isinstance(s, WeightSpec)}
-    soft = {n: TransformWeight(t, template.container.step) for n, t in template.weights.items() if n in specs}
     owners = dict(model.named_modules())
-    places = {n: (owners[specs[n].module], specs[n].attribute) for n in soft}
+    specs = {s.name: s for s in plan.specs if isinstance(s, WeightSpec) and s.module is not None}
+    for name, spec in specs.items():
+        entry = template.weights.get(name)
+        if entry is None or entry.entry.shape != spec.shape:
+            raise InputError(f"start is a file of another model: it has no weight {name!r} of shape {spec.shape}")
+        if entry.entry.coding != "u":
+            raise InputError("start was made with a trellis or with fixed-length codes: compress with trellis=False")
+        if spec.rescaled:
+            raise InputError(f"weight {name!r} is parametrized already (weight or spectral norm): remove that before")
+    soft = method_of(method, options)[0].soften(template, specs, bits, options)
+    places: dict[str, list[tuple[nn.Module, str]]] = {}
     for name, weight in soft.items():
-        parametrize.register_parametrization(*places[name], weight)
-    target = bits * plan.num_parameters / 8
-    price = Price(lagrangian(start.report.settings["c"]))
-    return SoftNetwork(model, template, soft, places, target, price, Schedule(steps, begin), method)
+        spec = specs[name]
+        uses = [(spec.module or "", spec.attribute), *((use.module, use.attribute) for use in spec.tied)]
+        places[name] = [(owners[path], attribute) for path, attribute in uses]
+        for module, attribute in places[name]:
+            parametrize.register_parametrization(module, attribute, weight)
+        parameters = dict(originals(*places[name][0]))
+        for module, attribute in places[name][1:]:  # one tensor before, one tensor after
+            for key, parameter in parameters.items():
+                module.parametrizations[attribute].register_parameter(key, parameter)  # type: ignore[index, union-attr]
+    take_vectors(model, plan, start.state_dict())
+    c = start.report.settings.get("c")
+    price = Price(lagrangian(float(c)) if c else 1e-6)
+    return SoftNetwork(model, template, soft, places, target, price, Schedule(steps), method, seed)
+
+
+def take_vectors(model: nn.Module, plan: Plan, decoded: Mapping[str, Tensor]) -> None:
+    """Give a module the vectors of a file: they make up for some of what its weights have lost. A BatchNorm keeps its running
+    statistics; its weight and bias become what gives the file's scale and shift with those."""
+    own = model.state_dict()
+    with torch.no_grad():
+        for spec in plan.specs:
+            if isinstance(spec, VectorSpec):
+                own[spec.name].copy_(decoded[spec.name])
+            elif isinstance(spec, BatchNormSpec):
+                scale, shift = decoded[spec.key("weight")].double(), decoded[spec.key("bias")].double()
+                deviation = (own[spec.key("running_var")].double() + spec.eps).sqrt()
+                own[spec.key("weight")].copy_(scale * deviation)
+                own[spec.key("bias")].copy_(shift + own[spec.key("running_mean")].double() * scale)
+
+
+def soft_network(model: nn.Module) -> SoftNetwork | None:
+    """The soft network of a prepared model, None of any other."""
+    return next((m.owner for m in model.modules() if isinstance(m, SoftWeight)), None)
+
+
+def harden(model: nn.Module) -> codec.CompressedModel:
+    """The file of a prepared model, at the size that was asked for (at most 1 % below); the model gets the weights that the file
+    decodes to, and its parametrizations are gone.
+
+    Raises InputError where it is not prepared or has been changed since, TargetError where the size cannot be reached."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is a {type(model).__name__}, allowed is a module that `prepare` was given")
+    network = soft_network(model)
+    if network is None:
+        raise InputError("the model is not prepared: call training.prepare before training, then harden")
+    network.check(model)
+    compressed = codec.load_bytes(network.file())
+    for (first, attribute), *others in network.places.values():
+        parametrize.remove_parametrizations(first, attribute)
+        for module, name in others:
+            parametrize.remove_parametrizations(module, name)
+            module.register_parameter(name, first.get_parameter(attribute))
+    modules.install(model, compressed.state_dict())
+    return compressed

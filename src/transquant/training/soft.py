@@ -10,6 +10,7 @@ everywhere; so one learning rate fits them all.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -26,14 +27,17 @@ if TYPE_CHECKING:
 class SoftWeight(nn.Module):
     """One weight's soft quantizer. Subclasses say how it is quantized, softly and for good.
 
-    `tensor`: the weight in the template, (O, n); `step`: the file's global step. `owner`: the network it belongs to, set by that."""
+    `tensor`: the weight in the template, (O, n); `step`: the file's global step. `owner`: the network it belongs to."""
 
     owner: SoftNetwork
+    rates: tuple[float | None, ...] = (None, None)  # Adam's, of each parameter; None: that of weights
+    fixed: Tensor | None  # symbols (O, n), float, once they are settled
     unit: Tensor  # (O, n) or what broadcasts to it: what 1 of the parameter is in the weight (in its coefficients)
 
     def __init__(self, tensor: CodedTensor, step: tuple[int, int]) -> None:
         super().__init__()
         self.tensor, self.name, self.shape = tensor, tensor.entry.name, tensor.entry.shape
+        self.register_buffer("fixed", None)
         self.register_buffer("unit", torch.from_numpy(step_sizes(tensor, step)).float(), persistent=False)
 
     def forward(self, *originals: Tensor) -> Tensor:
@@ -55,6 +59,10 @@ class SoftWeight(nn.Module):
     def settle(self, shift: float, *originals: Tensor) -> None:
         """From now on the weight is what `code(shift)` says."""
         raise NotImplementedError
+
+    def generator(self) -> torch.Generator:
+        """For noise: the same in all forward passes of a step, and in all processes."""
+        return torch.Generator().manual_seed(crc32(f"{self.name} {self.owner.seed} {self.owner.step}".encode()))
 
     def matrix(self, original: Tensor) -> Tensor:
         """A tensor of the weight's shape as (O, n)."""

@@ -1,7 +1,7 @@
 """The file that training starts from, and files of the same layout with what it has learned.
 
-    compress ─ file ─ Template ─┬─ steps, bases, symbols ─ soft weights ─ training ─ symbols ─┐
-                                └─ entries, steps of vectors ─────────────────────────────────┴─ bitstream.encode ─ file
+compress ─ file ─ Template ─┬─ steps, bases, symbols ─ soft weights ─ training ─ symbols ─┐
+                            └─ entries, steps of vectors ─────────────────────────────────┴─ bitstream.encode ─ file
 """
 
 from __future__ import annotations

@@ -24,12 +24,10 @@ class TransformWeight(SoftWeight):
     """Parameters: coefficients in steps, in the weight's shape; and the basis, (r, r) in its integers, where one is sent."""
 
     basis: Tensor
-    fixed: Tensor | None
 
     def __init__(self, tensor: CodedTensor, step: tuple[int, int]) -> None:
         super().__init__(tensor, step)
         self.dead_zone = 0.5 - tensor.entry.recon_offsets[0] / 64  # magnitudes are rebuilt in the middle of their bins
-        self.register_buffer("fixed", None, persistent=True)
         if tensor.entry.transform == "d":
             self.register_buffer("basis", torch.from_numpy(dct_basis(tensor.entry.shape[2:])).float(), persistent=False)
 
@@ -79,7 +77,11 @@ class TransformWeight(SoftWeight):
 
     def _symbols(self, scaled: Tensor, shift: float) -> Tensor:
         if self.fixed is not None:
-            return self.fixed if shift == 0 else torch.where(scaled.abs() < self.dead_zone + shift, torch.zeros_like(scaled), self.fixed)
+            return (
+                self.fixed
+                if shift == 0
+                else torch.where(scaled.abs() < self.dead_zone + shift, torch.zeros_like(scaled), self.fixed)
+            )
         return symbols_of(scaled, self.dead_zone + shift)
 
     def _matrix_of(self, basis: Tensor | None) -> Tensor:
