@@ -109,6 +109,15 @@ def attach(
     return SoftNetwork(model, template, soft, places, target, price, Schedule(steps), method, seed)
 
 
+def _in_order(model: nn.Module, network: SoftNetwork) -> None:
+    """Parameters of modules in the order that the plan knows: what was parametrized has come last."""
+    names = [name.rpartition(".") for name in modules.names_of(network.template.plan)]
+    for module, _ in (use for uses in network.places.values() for use in uses):
+        path = next(p for p, m in model.named_modules() if m is module)
+        for key in [last for owner, _, last in names if owner == path and last in module._parameters]:
+            module._parameters[key] = module._parameters.pop(key)
+
+
 def take_vectors(model: nn.Module, plan: Plan, decoded: Mapping[str, Tensor]) -> None:
     """Give a module the vectors of a file: they make up for some of what its weights have lost. A BatchNorm keeps its running
     statistics; its weight and bias become what gives the file's scale and shift with those."""
@@ -146,5 +155,6 @@ def harden(model: nn.Module) -> codec.CompressedModel:
         for module, name in others:
             parametrize.remove_parametrizations(module, name)
             module.register_parameter(name, first.get_parameter(attribute))
+    _in_order(model, network)
     modules.install(model, compressed.state_dict())
     return compressed
