@@ -3,8 +3,8 @@
     python tools/make_golden.py
 
 `version1` is what 0.1 wrote, `version1_transforms`, `version1_fixed` and `version1_trellis` what 0.2 added, with binary decisions
-alone; `version1_tokens`, `version1_static` and `version1_laws` have weights as tokens. Once released they stay as they are for
-ever: files that exist are left alone.
+alone; `version1_tokens`, `version1_static` and `version1_laws` have weights as tokens, `version1_spans` a step a span.
+Once released they stay as they are for ever: files that exist are left alone.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ import torch
 from torch import nn
 
 import transquant as tq
-from transquant import codec, modules
+from transquant import bitstream, codec, modules
+from transquant.bitstream import Part
 from transquant.choices import Choice, LayerTransform, Method
 from transquant.encoder import Encoder, Source
 from transquant.entropy import lanes
-from transquant.records import Coder
+from transquant.records import CodedEntry, CodedTensor, Coder
 from transquant.stats import collect
 from transquant.trellis_code import TRELLIS_CODES
 from transquant.workers import workers
@@ -125,6 +126,31 @@ def laws() -> bytes:
         return trellis("l")
 
 
+def spans(coder: Coder) -> bytes:
+    """A step for each span of each row, of every width that is odd in its own way: one column, a divisor, a rest, all of a row."""
+    draw = np.random.default_rng(0)
+    shapes = {
+        "one": (7, 5),
+        "divides": (16, 4, 3, 3),
+        "rest": (20, 35),
+        "all": (9, 30),
+        "folded": (6, 48),
+        "empty": (0, 5),
+        "none": (3, 0),
+    }
+    widths = {"one": 1, "divides": 12, "rest": 8, "all": 1024, "folded": 16, "empty": 2, "none": 8}
+    parts: list[Part] = []
+    for name, shape in shapes.items():
+        dtype, fold = ("bfloat16" if name == "rest" else "float32"), (4 if name == "folded" else 1)
+        entry = CodedEntry(name, shape, dtype, -3, (5, -2) if name == "one" else (0, 0), "s", fold, span=widths[name])
+        exponents = np.clip(np.rint(draw.normal(0, 3, (entry.rows, entry.spans))), -64, 64).astype(np.int32)
+        symbols = np.rint(draw.normal(0, 2, (entry.rows, entry.columns))).astype(np.int32)
+        parts.append((entry, CodedTensor(entry, symbols, span_exponents=exponents)))
+    vector = CodedEntry("vector", (11,))
+    parts.append((vector, CodedTensor(vector, np.rint(draw.normal(0, 9, (1, 11))).astype(np.int32))))
+    return bitstream.encode((3000, -18), parts, {}, lambda jobs: (lanes.encode_planes(*job) for job in jobs), coder).data
+
+
 FILES = {
     "version1": everything,
     "version1_transforms": lambda: transformed("entropy"),
@@ -133,6 +159,7 @@ FILES = {
     "version1_tokens": lambda: trellis("m"),
     "version1_static": lambda: trellis("t"),
     "version1_laws": laws,
+    "version1_spans": lambda: spans("m"),
 }
 
 

@@ -23,7 +23,7 @@ from transquant.container import pack_raw, unpack_raw, write_container
 from transquant.container.dtypes import DTYPES
 from transquant.entropy import lanes_for, streams
 from transquant.errors import CorruptFile
-from transquant.grid import MAX_EXPONENT, dequantize, total_index
+from transquant.grid import MAX_EXPONENT, dequantize, tensor_index, total_index
 from transquant.records import (
     MAX_BASIS,
     AliasEntry,
@@ -199,10 +199,7 @@ def tensor_values(tensor: CodedTensor, step: tuple[int, int], dequantizer: Dequa
 def coefficients(tensor: CodedTensor, step: tuple[int, int], dequantizer: Dequantizer = dequantize) -> NDArray[np.float32]:
     """Dequantized float32 (rows, columns): of the weight or, where there is a transform, of its coefficients."""
     entry = tensor.entry
-    if tensor.codes is None:
-        t = total_index(entry.qp, tensor.row_exponents, tensor.column_exponents, entry.group_columns)
-    else:
-        t = packing.indices(entry, tensor.codes)
+    t = tensor_index(tensor) if tensor.codes is None else packing.indices(entry, tensor.codes)
     return dequantizer(tensor.symbols, step, t, entry.recon_offsets, entry.state_bits, entry.fold)
 
 
@@ -230,6 +227,8 @@ def plane_shapes(entry: CodedEntry | BatchNormEntry) -> list[PlaneShape]:
         shapes.append((1, entry.rows, SIDE, 1, 1, 0))
     if "c" in entry.groups:
         shapes.append((1, entry.columns // max(entry.group_columns, 1), SIDE, 1, 1, 0))
+    if entry.span:
+        shapes.append((entry.rows, entry.spans, SIDE, 1, 1, 0))
     if entry.basis_side:
         shapes.append((entry.basis_side, entry.basis_side, BASIS, 1, 1, 0))
     width, taps = (entry.shape[-1], entry.taps) if len(entry.shape) > 2 and entry.axis not in ("k", "j") else (1, 1)
@@ -242,7 +241,8 @@ def planes_of(coded: Coded) -> list[Plane]:
     if isinstance(coded, CodedBatchNorm):
         given = [coded.scale, coded.shift]
     else:
-        given = [a for a in (coded.row_exponents, coded.column_exponents, coded.basis) if a is not None] + [coded.symbols]
+        side = coded.row_exponents, coded.column_exponents, coded.span_exponents, coded.basis
+        given = [a for a in side if a is not None] + [coded.symbols]
     shapes = plane_shapes(coded.entry)
     return [Plane(a.reshape(s[:2]), *s[2:]) for a, s in zip(given, shapes, strict=True)]
 
@@ -253,13 +253,14 @@ def _coded(entry: CodedEntry | BatchNormEntry, planes: list[IntArray]) -> Coded:
     rest = iter(planes)
     rows = next(rest).reshape(-1) if "r" in entry.groups else None
     columns = next(rest).reshape(-1) if "c" in entry.groups else None
-    for exponents in (rows, columns):
+    spans = next(rest) if entry.span else None
+    for exponents in (rows, columns, spans):
         if exponents is not None and exponents.size and np.abs(exponents).max() > MAX_EXPONENT:
             raise CorruptFile(f"a step exponent of tensor {entry.name!r} is out of range, allowed is ±{MAX_EXPONENT}")
     basis = next(rest) if entry.basis_side else None
     if basis is not None and np.abs(basis).max(initial=0) > MAX_BASIS:
         raise CorruptFile(f"the basis of tensor {entry.name!r} has an entry out of range, allowed is ±{MAX_BASIS}")
-    return CodedTensor(entry, next(rest).reshape(entry.rows, entry.columns), rows, columns, basis)
+    return CodedTensor(entry, next(rest).reshape(entry.rows, entry.columns), rows, columns, basis, span_exponents=spans)
 
 
 def runs(items: Iterable[T], size_of: Callable[[T], int], enough: int) -> Iterator[list[T]]:

@@ -1,6 +1,7 @@
 """The step grid and dequantization of FORMAT.md section 3. numpy only: the portable reader uses it.
 
-step of entry (i, j) = mantissa · K[t mod 4] · 2^(exponent + t // 4 − 14),   t = qp + 2·row_exponent[i] + 2·column_exponent[j]
+step of entry (i, j) = mantissa · K[t mod 4] · 2^(exponent + t // 4 − 14),   t = qp + 2·row_exponent[i] + 2·column_exponent[j],
+or qp + 2·span_exponent[i, j // span]
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transquant.errors import CorruptFile
-from transquant.records import FloatArray, IntArray
+from transquant.records import CodedTensor, FloatArray, IntArray
 from transquant.trellis_code import odd_states
 
 QUARTERS = np.array([16384, 19484, 23170, 27554], dtype=np.int64)
@@ -48,6 +49,14 @@ def total_index(qp: int, rows: IntArray | None, columns: IntArray | None, taps: 
     if columns is not None:
         t = t + 2 * np.repeat(columns.astype(np.int64), taps)[None, :]
     return t
+
+
+def tensor_index(tensor: CodedTensor) -> NDArray[np.int64]:
+    """t of a tensor without fixed-length codes, int64, broadcastable to (rows, columns)."""
+    entry = tensor.entry
+    if tensor.span_exponents is not None:
+        return entry.qp + 2 * np.repeat(tensor.span_exponents.astype(np.int64), entry.span, axis=1)[:, : entry.columns]
+    return total_index(entry.qp, tensor.row_exponents, tensor.column_exponents, entry.group_columns)
 
 
 def steps(step: tuple[int, int], t: NDArray[np.int64]) -> FloatArray:

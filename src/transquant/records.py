@@ -31,11 +31,9 @@ FloatArray = NDArray[np.float64]
 
 # --------------------------------------------------------------------------------------- what the container holds
 
-
 @dataclass(frozen=True, slots=True)
 class Activation:
-    """How the input of a layer is quantized: value x is code round(x / scale) + zero, clipped to 0 … 2^bits − 1, with
-    scale = mantissa · 2^exponent, exact in float32."""
+    """How the input of a layer is quantized: x has the code round(x / scale) + zero, clipped to 0 … 2^bits − 1."""
 
     bits: int
     zero: int
@@ -44,7 +42,7 @@ class Activation:
 
     @property
     def scale(self) -> float:
-        """Step between two codes."""
+        """Step between two codes, exact in float32."""
         return float(self.mantissa) * 2.0**self.exponent
 
 
@@ -62,13 +60,14 @@ class CodedEntry:
     dtype: str = "float32"
     qp: int = 0
     recon_offsets: tuple[int, int] = (0, 0)
-    groups: Literal["", "r", "c", "rc"] = ""
+    groups: Literal["", "r", "c", "rc", "s"] = ""
     fold: int = 1
     transform: Literal["i", "d", "k", "e"] = "i"
     axis: Literal["", "r", "c", "k", "j"] = ""
     coding: Literal["u", "t", "f"] = "u"
     state_bits: int = 0
     activation: Activation | None = None
+    span: int = 0  # columns of a row that share a step, where `groups` is "s"
 
     @property
     def rows(self) -> int:
@@ -89,6 +88,11 @@ class CodedEntry:
     def group_columns(self) -> int:
         """Consecutive columns of the coded matrix that share a column exponent."""
         return {"k": self.shape[1] if len(self.shape) > 1 else 1, "j": 1}.get(self.axis, self.taps)
+
+    @property
+    def spans(self) -> int:
+        """Spans of a row, 0 where its groups are none."""
+        return -(-self.columns // self.span) if self.span else 0
 
     @property
     def bands(self) -> int:
@@ -186,7 +190,6 @@ class Limits:
 
 # --------------------------------------------------------------------------------------- what the coder sees
 
-
 @dataclass(frozen=True, slots=True)
 class Plane:
     """A matrix of integers to be entropy coded (FORMAT.md section 4).
@@ -215,9 +218,9 @@ class BandCodes:
 class CodedTensor:
     """An entry with its symbols: what `encode` takes and `decode` gives.
 
-    `symbols` int32 (rows, columns), of weights or of their coefficients; `row_exponents` int32 (rows,) and
-    `column_exponents` int32 (columns / group_columns,), half octaves, None where the entry's `groups` leaves them out.
-    `basis` int32 (bands, bands) where the entry's transform sends one; `codes` where its coding is fixed-length."""
+    `symbols` int32 (rows, columns), of weights or of their coefficients; `row_exponents` int32 (rows,), `column_exponents` int32
+    (columns / group_columns,), `span_exponents` int32 (rows, spans), half octaves, None where the entry's `groups` leaves them
+    out. `basis` int32 (bands, bands) where the entry's transform sends one; `codes` where its coding is fixed-length."""
 
     entry: CodedEntry
     symbols: IntArray
@@ -225,6 +228,7 @@ class CodedTensor:
     column_exponents: IntArray | None = None
     basis: IntArray | None = None
     codes: BandCodes | None = None
+    span_exponents: IntArray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +253,6 @@ class TensorBits:
 
 
 # --------------------------------------------------------------------------------------- what compress works on
-
 
 @dataclass(frozen=True, slots=True)
 class Use:

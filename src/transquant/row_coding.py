@@ -14,7 +14,7 @@ import numpy as np
 
 from transquant.choices import Choice, LayerTransform
 from transquant.entropy.tables import magnitude_laws
-from transquant.grid import steps, total_index
+from transquant.grid import steps, tensor_index
 from transquant.quantizers.feedback import Rounding
 from transquant.quantizers.metric import Factor, factor
 from transquant.quantizers.trellis import SIZES, Trellis
@@ -46,8 +46,7 @@ class RowCoder:
         self.output_moments = [g for _, g in damped]
         self.frame = frame_of(entry, weight, damped, transform, None)
         self._input_moments = [a if self.frame is None else self.frame.column_moment(a) for a, _ in damped]
-        indices = total_index(entry.qp, tensor.row_exponents, tensor.column_exponents, entry.group_columns)
-        sizes = steps(step, indices)
+        sizes = steps(step, tensor_index(tensor))
         if self.frame is not None:
             sizes = sizes / self.frame.layout.per_band(self.frame.scales)
         self.sizes = np.broadcast_to(sizes, weight.shape)

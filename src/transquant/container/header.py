@@ -25,6 +25,7 @@ from transquant.records import (
 )
 
 MAX_ENTRIES = 100_000
+MAX_SPAN = 1024
 TRELLIS_BITS = 2, 6
 ACTIVATION_BITS = 2, 8
 ACTIVATION_EXPONENTS = -130, 60  # steps are normal numbers in float32, and so are their inverses
@@ -55,8 +56,9 @@ def entry_to_json(entry: Entry) -> dict[str, Any]:
             value["d"] = list(entry.recon_offsets)
         if entry.groups:
             value["g"] = entry.groups
-        if entry.fold != 1:
-            value["f"] = entry.fold
+        for key, number, default in (("f", entry.fold, 1), ("w", entry.span, 0)):
+            if number != default:
+                value[key] = number
         if (how := entry.activation) is not None:
             value["a"] = [how.bits, how.zero, how.mantissa, how.exponent]
     if entry.dtype != "float32":
@@ -86,7 +88,7 @@ def entry_from_json(value: Any) -> Entry:
     if kind == "r":
         value = keys(value, "kns", "t", "a raw tensor")
         return RawEntry(string(value["n"], "a tensor name"), _shape(value["s"]), _dtype(value, tuple(DTYPES)))
-    return _coded(keys(value, "nsq", "ktdgzxyfva", "a coded tensor"))
+    return _coded(keys(value, "nsq", "ktdgzxyfvaw", "a coded tensor"))
 
 
 def header_to_json(
@@ -147,7 +149,7 @@ def check_limits(entries: Iterable[Entry], file_bytes: int, limits: Limits) -> N
         else:
             count = prod(max(d, 1) for d in entry.shape)  # rows without columns have exponents, and arrays of them limits
             sizes[entry.name] = count * DTYPES[entry.dtype].size
-            size = sizes[entry.name] + (8 * (count + entry.basis_side**2) if isinstance(entry, CodedEntry) else 0)
+            size = sizes[entry.name] + (8 * (count + entry.basis_side**2 + _spans(entry)) if isinstance(entry, CodedEntry) else 0)
         total += size
     if total > limits.max_decoded_bytes:
         raise LimitExceeded(
@@ -161,18 +163,24 @@ def check_limits(entries: Iterable[Entry], file_bytes: int, limits: Limits) -> N
         )
 
 
+def _spans(entry: CodedEntry) -> int:
+    """Spans of all rows, without a dimension of 0."""
+    return max(entry.rows, 1) * -(-prod(max(d, 1) for d in entry.shape[1:]) // entry.span) if entry.span else 0
+
+
 def _coded(value: dict[str, Any]) -> CodedEntry:
     transform = known(value.get("x", "i"), ("i", "d", "k", "e"), "a transform")
     axis = known(value["y"], ("r", "c", "k", "j"), "an axis") if "y" in value else ""
     coding = known(value.get("z", "u"), ("u", "t", "f"), "a quantizer")
     state_bits = integer(value["v"], *TRELLIS_BITS, "a trellis' state bits") if "v" in value else 0
-    groups = known(value.get("g", ""), ("", "r", "c", "rc"), "a step grouping")
+    groups = known(value.get("g", ""), ("", "r", "c", "rc", "s"), "a step grouping")
+    span = integer(value["w"], 1, MAX_SPAN, "a span") if "w" in value else 0
     offsets = [integer(d, -31, 31, "a reconstruction offset") for d in items(value.get("d", [0, 0]), "offsets", length=2)]
     entry = CodedEntry(
         string(value["n"], "a tensor name"), _shape(value["s"]), _dtype(value, CODED_DTYPES), _qp(value["q"]),
         (offsets[0], offsets[1]), cast(Any, groups), integer(value.get("f", 1), 1, MAX_FOLD, "a fold"),
         cast(Any, transform), cast(Any, axis), cast(Any, coding), state_bits,
-        _activation(value["a"]) if "a" in value else None,
+        _activation(value["a"]) if "a" in value else None, span,
     )  # fmt: skip
     shape = list(entry.shape)
     if len(shape) < 2 and (groups or axis or entry.fold > 1 or coding != "u" or entry.activation):
@@ -180,6 +188,10 @@ def _coded(value: dict[str, Any]) -> CodedEntry:
             f"a tensor of shape {shape} has step groups, a fold, an axis, a trellis, bit depths or an activation, allowed for "
             "matrices only"
         )
+    if (groups == "s") != (span > 0):
+        raise CorruptFile(f"tensor {entry.name!r} has spans of {span} columns, which does not go with step groups {groups!r}")
+    if span and (transform != "i" or coding != "u"):
+        raise CorruptFile(f"tensor {entry.name!r} has spans, allowed with transform 'i' and quantizer 'u' only")
     if (coding == "t") != (state_bits > 0):
         raise CorruptFile(f"tensor {entry.name!r} has {state_bits} state bits, which does not go with quantizer {coding!r}")
     if bool(axis) != (transform != "i" or coding == "f"):

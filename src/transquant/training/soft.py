@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from transquant.grid import steps, total_index
+from transquant.grid import steps, tensor_index
 from transquant.records import CodedTensor, IntArray
 from transquant.training.code_length import CodeLengths
 
@@ -71,8 +71,7 @@ class SoftWeight(nn.Module):
 
 def step_sizes(tensor: CodedTensor, step: tuple[int, int]) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Steps float64 of a coded matrix, broadcastable to (O, n)."""
-    entry = tensor.entry
-    return steps(step, total_index(entry.qp, tensor.row_exponents, tensor.column_exponents, entry.group_columns))
+    return steps(step, tensor_index(tensor))
 
 
 def integers(symbols: Tensor) -> IntArray:
