@@ -26,7 +26,7 @@ from transquant.bitstream import Part
 from transquant.choices import Choice, LayerTransform, Method
 from transquant.encoder import Encoder, Source
 from transquant.entropy import lanes
-from transquant.records import CodedEntry, CodedTensor, Coder
+from transquant.records import CodedEntry, CodedTensor, Coder, RawEntry
 from transquant.stats import collect
 from transquant.trellis_code import TRELLIS_CODES
 from transquant.workers import workers
@@ -146,9 +146,12 @@ def spans(coder: Coder) -> bytes:
         exponents = np.clip(np.rint(draw.normal(0, 3, (entry.rows, entry.spans))), -64, 64).astype(np.int32)
         symbols = np.rint(draw.normal(0, 2, (entry.rows, entry.columns))).astype(np.int32)
         parts.append((entry, CodedTensor(entry, symbols, span_exponents=exponents)))
+    parts.append((RawEntry("exact", (3,), "int16"), None))
     vector = CodedEntry("vector", (11,))
     parts.append((vector, CodedTensor(vector, np.rint(draw.normal(0, 9, (1, 11))).astype(np.int32))))
-    return bitstream.encode((3000, -18), parts, {}, lambda jobs: (lanes.encode_planes(*job) for job in jobs), coder).data
+    return bitstream.encode(
+        (3000, -18), parts, {"exact": b"\1\2\3\4\5\6"}, lambda jobs: (lanes.encode_planes(*job) for job in jobs), coder
+    ).data
 
 
 FILES = {

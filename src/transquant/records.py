@@ -31,6 +31,7 @@ FloatArray = NDArray[np.float64]
 
 # --------------------------------------------------------------------------------------- what the container holds
 
+
 @dataclass(frozen=True, slots=True)
 class Activation:
     """How the input of a layer is quantized: x has the code round(x / scale) + zero, clipped to 0 … 2^bits − 1."""
@@ -190,6 +191,7 @@ class Limits:
 
 # --------------------------------------------------------------------------------------- what the coder sees
 
+
 @dataclass(frozen=True, slots=True)
 class Plane:
     """A matrix of integers to be entropy coded (FORMAT.md section 4).
@@ -254,6 +256,7 @@ class TensorBits:
 
 # --------------------------------------------------------------------------------------- what compress works on
 
+
 @dataclass(frozen=True, slots=True)
 class Use:
     """Another place where a weight is used: by which module, as which of its attributes; `kind` as for weights."""
@@ -267,7 +270,6 @@ class Use:
 class WeightSpec:
     """A weight that will be coded as a matrix. `kind`: "linear", "conv2d", ... (modules/kinds.py lists them all), or "matrix":
     nothing is known of how it is used but its gradient.
-
     `module` is the dotted path of the module that uses it ("" for the root, None when only a state dict was given);
     `attribute` is what that module calls it, and `rescaled` says that its rows are rescaled before (weight and spectral norm).
     `tied`: the other modules that use it."""
@@ -331,7 +333,6 @@ Spec = WeightSpec | VectorSpec | BatchNormSpec | RawSpec | AliasSpec
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Which tensors are coded, and how, in state-dict order; `num_parameters` counts tied values once.
-
     `original_bytes`: all tensors in their own dtype, buffers included, tied ones once."""
 
     specs: tuple[Spec, ...]
@@ -373,7 +374,6 @@ class LayerStats:
 @dataclass(frozen=True, slots=True)
 class InputStats:
     """What quantizing the input of a layer costs: a histogram of its values, weighted with their squared gradients.
-
     `sums` float64 (3, bins): of h, h·x and h·x² by bin, h scaled so that an error e of all values in a bin costs h·e² in units of
     the metric; bin k holds values from (k − bins / 2)·2^exponent on. `low`, `high`: smallest and largest value that was seen.
     `values`: of the input, a sample."""

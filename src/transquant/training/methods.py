@@ -8,6 +8,7 @@ from typing import Any
 
 from transquant.errors import InputError
 from transquant.records import WeightSpec
+from transquant.training.diffq import GROUPS, MOST, NOISES, NoisyWeight
 from transquant.training.soft import SoftWeight
 from transquant.training.template import Template
 from transquant.training.transform import TransformWeight
@@ -32,8 +33,23 @@ def _transform(
     return {name: TransformWeight(template.weights[name], template.container.step) for name in specs}
 
 
+def _diffq(template: Template, specs: Mapping[str, WeightSpec], bits: float, options: Mapping[str, Any]) -> dict[str, SoftWeight]:
+    group, noise, begin = options["group"], options["noise"], options["init_bits"]
+    if isinstance(group, bool) or group not in GROUPS:
+        raise InputError(f"group is {group!r}, allowed are {', '.join(map(str, GROUPS))}")
+    if noise not in NOISES:
+        raise InputError(f"noise is {noise!r}, allowed are {', '.join(map(repr, NOISES))}")
+    if begin is not None and (isinstance(begin, bool) or not isinstance(begin, int | float) or not 0 < begin < MOST):
+        raise InputError(f"init_bits is {begin!r}, allowed are None and numbers above 0 and below {MOST:g}")
+    return {
+        name: NoisyWeight(template.weights[name], template.container.step, group, noise, begin, options["rounded"])
+        for name in specs
+    }
+
+
 METHODS: dict[str, Method] = {
     "transform": Method(_transform),
+    "diffq": Method(_diffq, {"group": 8, "noise": "uniform", "init_bits": None, "rounded": 0.5}),
 }
 
 

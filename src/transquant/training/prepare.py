@@ -152,6 +152,8 @@ def harden(model: nn.Module) -> codec.CompressedModel:
     compressed = codec.load_bytes(network.file())
     for (first, attribute), *others in network.places.values():
         parametrize.remove_parametrizations(first, attribute)
+        if attribute in first._buffers:  # torch's choice for what is fixed and was made of several parameters
+            first.register_parameter(attribute, nn.Parameter(first._buffers.pop(attribute)))  # type: ignore[arg-type]
         for module, name in others:
             parametrize.remove_parametrizations(module, name)
             module.register_parameter(name, first.get_parameter(attribute))
