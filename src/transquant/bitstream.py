@@ -241,7 +241,8 @@ def planes_of(coded: Coded) -> list[Plane]:
     if isinstance(coded, CodedBatchNorm):
         given = [coded.scale, coded.shift]
     else:
-        side = coded.row_exponents, coded.column_exponents, coded.span_exponents, coded.basis
+        spans = None if coded.span_exponents is None else np.diff(coded.span_exponents, axis=1, prepend=np.int32(0))
+        side = coded.row_exponents, coded.column_exponents, spans, coded.basis
         given = [a for a in side if a is not None] + [coded.symbols]
     shapes = plane_shapes(coded.entry)
     return [Plane(a.reshape(s[:2]), *s[2:]) for a, s in zip(given, shapes, strict=True)]
@@ -253,14 +254,15 @@ def _coded(entry: CodedEntry | BatchNormEntry, planes: list[IntArray]) -> Coded:
     rest = iter(planes)
     rows = next(rest).reshape(-1) if "r" in entry.groups else None
     columns = next(rest).reshape(-1) if "c" in entry.groups else None
-    spans = next(rest) if entry.span else None
+    spans = np.cumsum(next(rest), axis=1, dtype=np.int64) if entry.span else None
     for exponents in (rows, columns, spans):
         if exponents is not None and exponents.size and np.abs(exponents).max() > MAX_EXPONENT:
             raise CorruptFile(f"a step exponent of tensor {entry.name!r} is out of range, allowed is ±{MAX_EXPONENT}")
     basis = next(rest) if entry.basis_side else None
     if basis is not None and np.abs(basis).max(initial=0) > MAX_BASIS:
         raise CorruptFile(f"the basis of tensor {entry.name!r} has an entry out of range, allowed is ±{MAX_BASIS}")
-    return CodedTensor(entry, next(rest).reshape(entry.rows, entry.columns), rows, columns, basis, span_exponents=spans)
+    own = None if spans is None else spans.astype(np.int32)
+    return CodedTensor(entry, next(rest).reshape(entry.rows, entry.columns), rows, columns, basis, span_exponents=own)
 
 
 def runs(items: Iterable[T], size_of: Callable[[T], int], enough: int) -> Iterator[list[T]]:

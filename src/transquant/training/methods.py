@@ -34,17 +34,16 @@ def _transform(
 
 
 def _diffq(template: Template, specs: Mapping[str, WeightSpec], bits: float, options: Mapping[str, Any]) -> dict[str, SoftWeight]:
-    group, noise, begin = options["group"], options["noise"], options["init_bits"]
+    group, noise, begin, rounded = (options[key] for key in ("group", "noise", "init_bits", "rounded"))
     if isinstance(group, bool) or group not in GROUPS:
         raise InputError(f"group is {group!r}, allowed are {', '.join(map(str, GROUPS))}")
     if noise not in NOISES:
         raise InputError(f"noise is {noise!r}, allowed are {', '.join(map(repr, NOISES))}")
     if begin is not None and (isinstance(begin, bool) or not isinstance(begin, int | float) or not 0 < begin < MOST):
         raise InputError(f"init_bits is {begin!r}, allowed are None and numbers above 0 and below {MOST:g}")
-    return {
-        name: NoisyWeight(template.weights[name], template.container.step, group, noise, begin, options["rounded"])
-        for name in specs
-    }
+    if isinstance(rounded, bool) or not isinstance(rounded, int | float) or not 0 <= rounded <= 1:
+        raise InputError(f"rounded is {rounded!r}, allowed are shares of the training, 0 to 1")
+    return {name: NoisyWeight(template.weights[name], template.container.step, group, noise, begin, rounded) for name in specs}
 
 
 METHODS: dict[str, Method] = {
