@@ -35,13 +35,15 @@ RANGE = (2 * pi * e) ** 0.5  # of standard deviations: a normal law in steps of 
 SMALLEST = 1 / 32  # step, of a weight's typical group
 LAG = 0.75  # half octaves by which a step may be off to be its left neighbour's
 LARGEST = (1 << 20) - 1  # symbol
+LOGIT_RATE = 0.003  # of Adam; published 0.001, of trainings many times as long
 
 
 class NoisyWeight(SoftWeight):
     """Parameters: weights in steps, in the weight's shape; and logits (O, spans), of bits b = 15 · sigmoid(logit) of each group.
 
     `group`: consecutive weights of a row that share bits; `noise`: "gaussian", of half a step's deviation, or "uniform", within
-    half a step; `begin`: bits of all groups at first, None for the steps of the template."""
+    half a step; `begin`: bits of all groups at first, None for the steps of the template; `rounded`: the share of the training
+    from which on what rounding does takes the place of noise (Esser et al., arXiv 1902.08153, have that gradient of a step)."""
 
     exponents: Tensor | None  # (O, spans) half octaves, once they are settled
     extent: Tensor  # (), range in steps
@@ -184,6 +186,3 @@ def in_spans(tensor: CodedTensor, step: tuple[int, int], span: int) -> CodedTens
     spans = CodedTensor(own, tensor.symbols, span_exponents=exponents)
     symbols = np.rint(tensor_values(tensor, step) / step_sizes(spans, step)).astype(np.int32)
     return replace(spans, symbols=symbols)
-
-
-LOGIT_RATE = 0.01  # of Adam
