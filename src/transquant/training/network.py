@@ -159,8 +159,9 @@ class SoftNetwork:
         for name, uses in self.places.items():
             if not all(id(m) in present and parametrize.is_parametrized(m, a) for m, a in uses):
                 raise InputError(f"the model has been changed since it was prepared: weight {name!r} is no longer where it was")
-        known = set(modules.names_of(self.template.plan)) - set(self.soft)
-        found = set(self.plain_state()) - set(self.soft)
+        soft = set(self.soft) | {name for name, of in self.template.aliases().items() if of in self.soft}
+        known = set(modules.names_of(self.template.plan)) - soft
+        found = set(self.plain_state()) - soft
         if known != found:
             names = ", ".join(sorted(known ^ found)[:3])
             raise InputError(f"the model has been changed since it was prepared: it differs in {names}")

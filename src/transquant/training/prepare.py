@@ -109,6 +109,13 @@ def attach(
     return SoftNetwork(model, template, soft, places, target, price, Schedule(steps), method, seed)
 
 
+def _alone(module: nn.Module) -> None:
+    """Give a parametrized module a class of its own: copies of it share one, and removing a parametrization changes the class."""
+    kind = type(module)
+    own = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
+    module.__class__ = type(kind.__name__, kind.__bases__, own)
+
+
 def _in_order(model: nn.Module, network: SoftNetwork) -> None:
     """Parameters of modules in the order that the plan knows: what was parametrized has come last."""
     names = [name.rpartition(".") for name in modules.names_of(network.template.plan)]
@@ -150,6 +157,8 @@ def harden(model: nn.Module) -> codec.CompressedModel:
         raise InputError("the model is not prepared: call training.prepare before training, then harden")
     network.check(model)
     compressed = codec.load_bytes(network.file())
+    for module in {id(m): m for uses in network.places.values() for m, _ in uses}.values():
+        _alone(module)
     for (first, attribute), *others in network.places.values():
         parametrize.remove_parametrizations(first, attribute)
         for module, name in others:
