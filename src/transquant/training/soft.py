@@ -40,6 +40,12 @@ class SoftWeight(nn.Module):
         self.register_buffer("fixed", None)
         self.register_buffer("unit", torch.from_numpy(step_sizes(tensor, step)).float(), persistent=False)
 
+    def __call__(self, *originals: Tensor) -> Tensor:
+        """The weight, in its own precision under autocast too: it is what the file will hold, whatever its layer computes in."""
+        with torch.autocast(originals[0].device.type, enabled=False):
+            weight: Tensor = super().__call__(*originals)
+        return weight
+
     def forward(self, *originals: Tensor) -> Tensor:
         """The weight as the layer uses it, in its shape."""
         raise NotImplementedError
