@@ -98,7 +98,8 @@ def summed(
     pieces = [*gradients, *sums, has, tail]
     flat = job.sum(torch.cat([piece.detach().reshape(-1).to(device, wide) for piece in pieces]))
     parts = [
-        part.reshape(piece.shape).to(piece) for part, piece in zip(flat.split([p.numel() for p in pieces]), pieces, strict=True)
+        part.reshape(piece.shape).to(piece)
+        for part, piece in zip(torch.split(flat, [p.numel() for p in pieces]), pieces, strict=True)
     ]
     for parameter, part, found in zip(parameters, parts, parts[-2].tolist(), strict=False):
         parameter.grad = part if found else None

@@ -63,7 +63,7 @@ class Feed:
         if self.pair is not None:
             inputs = self.pair[0]
             order = torch.randperm(len(inputs), generator=generator("calibration", self.seed))[:samples]
-            return [inputs[part] for part in order.split(256)]
+            return [inputs[part] for part in torch.split(order, 256)]
         found: list[Any] = []
         seen = 0
         for inputs, _ in self._drawn(-1):
@@ -84,8 +84,8 @@ class Feed:
             yield from self._drawn(epoch, skip)
             return
         inputs, labels = self.pair
-        order = torch.randperm(len(inputs), generator=generator("order", self.seed, epoch)).split(self.size)
-        for part in order[skip : self.count]:
+        order = torch.randperm(len(inputs), generator=generator("order", self.seed, epoch))
+        for part in torch.split(order, self.size)[skip : self.count]:
             yield inputs[part], labels[part]
 
     def _drawn(self, epoch: int, skip: int = 0) -> Iterator[Batch]:

@@ -224,7 +224,8 @@ class Loop:
             steps = self.job.once(lambda: self.checkpoints.steps() if self.checkpoints else [])
             kept = f"the last good checkpoint is of step {steps[-1]}, in {self.checkpoints.path}" if steps else "nothing is kept"
         raise InputError(
-            f"training stopped in step {step + 1} of {self.steps}, its {what} is {value}: {kept}; a smaller rate or clip=1.0 may help"
+            f"training stopped in step {step + 1} of {self.steps}, whose {what} is {value}: {kept}; "
+            "a smaller rate or clip=1.0 may help"
         )
 
 

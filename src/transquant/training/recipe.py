@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf, isfinite
-from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -70,7 +69,9 @@ def function(name: str, value: Any) -> None:
 
 
 def _number(name: str, value: Any, most: float = inf, zero: bool = False) -> None:
-    good = not isinstance(value, bool) and isinstance(value, Real) and isfinite(value) and (value > 0 or (zero and value == 0))
+    good = (
+        not isinstance(value, bool) and isinstance(value, int | float) and isfinite(value) and (value > 0 or (zero and value == 0))
+    )
     if not good or value > most:
         low = "from 0 on" if zero else "above 0"
         raise InputError(f"{name} is {value!r}, allowed are numbers {low}{'' if most == inf else f', up to {most:g}'}")

@@ -30,6 +30,7 @@ class SoftWeight(nn.Module):
     `tensor`: the weight in the template, (O, n); `step`: the file's global step. `owner`: the network it belongs to."""
 
     owner: SoftNetwork
+    soft_weight = True  # by which other rooms know a prepared model
     rates: tuple[float | None, ...] = (None, None)  # Adam's, of each parameter; None: that of weights
     fixed: Tensor | None  # symbols (O, n), float, once they are settled
     unit: Tensor  # (O, n) or what broadcasts to it: what 1 of the parameter is in the weight (in its coefficients)
