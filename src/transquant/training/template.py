@@ -35,9 +35,10 @@ from transquant.weights import quarter_octaves
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A compressed network: `coded` by entry, `plan` of the module it was made of."""
+    """A compressed network: `data` are its bytes, `coded` by entry, `plan` of the module it was made of."""
 
     plan: Plan
+    data: bytes
     container: Container
     coded: Mapping[str, Coded]
 
@@ -46,7 +47,7 @@ class Template:
         """The template that a file is."""
         container = read_container(data, Limits(1 << 62, 1 << 62))
         coded = bitstream.decode(container, lambda sections: [[decode_planes(*job)[0] for job in s] for s in sections])
-        return cls(plan, container, coded)
+        return cls(plan, data, container, coded)
 
     @property
     def weights(self) -> dict[str, CodedTensor]:
