@@ -16,7 +16,7 @@ from transquant import bitstream, modules
 from transquant.bitstream import Part
 from transquant.container import read_container
 from transquant.entropy.lanes import decode_planes, encode_planes
-from transquant.grid import steps
+from transquant.grid import MAX_QP, steps
 from transquant.records import (
     AliasEntry,
     BatchNormEntry,
@@ -31,6 +31,8 @@ from transquant.records import (
     Plan,
 )
 from transquant.weights import quarter_octaves
+
+VECTOR_QUARTERS = 4  # quarter octaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,8 @@ class Template:
                 yield entry, None
 
     def _vector(self, vector: FloatArray, qp: int) -> tuple[int, IntArray]:
-        """Step index and symbols int32 (C,) of a vector, as in `Encoder`."""
+        """Step index and symbols int32 (C,) of a vector, as in `Encoder`, but finer: what has been trained bears less."""
+        qp = max(qp - VECTOR_QUARTERS, -MAX_QP)
         qp += quarter_octaves(np.abs(vector) / self.size(qp))
         return qp, np.rint(vector.reshape(-1) / self.size(qp)).astype(np.int32)
 
