@@ -6,7 +6,7 @@ demo: .venv/.demo
 	$(BIN)/transquant demo
 
 test: .venv/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: .venv/.test
 	$(BIN)/ruff check .

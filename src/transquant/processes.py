@@ -16,6 +16,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch import Tensor
 
 from transquant import errors
 from transquant.errors import InputError
@@ -59,6 +60,16 @@ class Processes:
                 if k < length:
                     items.append(item)  # type: ignore[arg-type]
         return found
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over all processes, the same bits in each."""
+        if self.size == 1:
+            return tensor
+        self.exchange(None)  # whoever fails before this is met here
+        self._broken = True
+        dist.all_reduce(tensor, group=self._group if tensor.device.type == "cpu" else None)
+        self._broken = False
+        return tensor
 
     def once(self, task: Callable[[], T]) -> T:
         """The result of a task that process 0 runs for all: one that may not be the same everywhere."""

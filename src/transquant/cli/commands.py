@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -40,6 +41,7 @@ from transquant.cli.options import (
     data_of,
     one_target,
     output_path,
+    work_folder,
 )
 from transquant.errors import InputError, OutputError
 
@@ -106,6 +108,45 @@ def compress(
     elif not quiet:
         typer.echo(f"{output}: {compressed.report}")
         _print_score(score)
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="CONFIG.toml with the tables [model], [data] and [train].")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The compressed file.")],
+    as_json: Json = False, quiet: Quiet = False, verbose: Verbose = False, force: Force = False,
+) -> None:  # fmt: skip
+    """Train a network for a file of a given size; the same command goes on where it was when it is killed."""
+    set_logging(quiet, verbose)
+    from transquant.cli import training
+
+    tables = training.read_config(config)
+    if leads():
+        output_path(output, force, config, tables["model"]["model"], tables["model"].get("weights"), tables["data"]["train"])
+    from transquant.cli.scoring import compare, evaluator
+    from transquant.training import fit
+    from transquant.training.checkpoint import Checkpoints
+
+    net, test = training.network(tables), training.test_data(tables)
+    work = Path(tables["train"].get("work", f"{output}.work"))
+    work_folder(work)
+    score = None if test is None or test.labels is None else evaluator(test)
+    with training.live_table(quiet or as_json) as (progress, watch):
+        result = fit(
+            net, training.training_data(tables), **training.arguments(tables), evaluate=score, work=work, progress=progress,
+            watch=watch,
+        )  # fmt: skip
+    if not leads():
+        return
+    result.compressed.save(output)
+    if not tables["train"].get("keep", False):
+        Checkpoints(work).clear()
+    scored = compare(net, result.compressed, test, True) if test is not None else {}
+    if as_json:
+        epochs = [asdict(epoch) for epoch in result.history]
+        print_json({"output": str(output), **result.compressed.report.as_dict(), "score": scored, "history": epochs})
+    elif not quiet:
+        typer.echo(f"{output}: {result.compressed.report}")
+        _print_score(scored)
 
 
 def decompress(
@@ -311,5 +352,5 @@ def _print_score(score: dict[str, Any]) -> None:
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "compress": compress, "decompress": decompress, "inspect": inspect, "verify": verify, "evaluate": evaluate, "profile": profile,
-    "sweep": sweep, "export": export, "demo": demo,
+    "sweep": sweep, "train": train, "export": export, "demo": demo,
 }  # fmt: skip

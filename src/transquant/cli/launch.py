@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
-SHARED = ("compress",)  # commands that share their work; the others are run by process 0 alone
+SHARED = ("compress", "train")  # commands that share their work; the others are run by process 0 alone
 LONGEST = timedelta(days=7)  # that one process may wait for another
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,18 @@ def returned(source: str, option: str, what: str = "function") -> Any:
 
 def call(source: str, option: str) -> Any:
     """The result of the function in "FILE.py:FUNCTION", called without arguments. Raises InputError."""
+    with _found(source, option) as function:
+        return function()
+
+
+def named(source: str, option: str) -> Callable[..., Any]:
+    """The function in "FILE.py:FUNCTION" itself. Raises InputError."""
+    with _found(source, option) as function:
+        return function
+
+
+@contextmanager
+def _found(source: str, option: str) -> Iterator[Callable[..., Any]]:
     file, colon, name = source.rpartition(":")
     if not colon or not file.endswith(".py") or not name:
         others = f" or {', '.join(f'{library}:NAME' for library in LIBRARIES)}" if option == "--model" else ""
@@ -94,6 +107,6 @@ def call(source: str, option: str) -> Any:
         function = getattr(module, name, None)
         if not callable(function):
             raise InputError(f"{option}: {file} has no function {name!r}")
-        return function()
+        yield function
     finally:
         sys.path.pop(0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from transquant.errors import InputError
+from transquant.modules.kinds import refuse_soft
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -24,6 +25,7 @@ def install(model: M, state: Mapping[str, Tensor]) -> M:
 
 def check(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Raises InputError where keys or shapes are not the model's."""
+    refuse_soft(model)
     own = model.state_dict()
     missing, extra = [k for k in own if k not in state], [k for k in state if k not in own]
     wrong = [k for k in own if k in state and own[k].shape != state[k].shape]

@@ -22,6 +22,8 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from transquant.errors import InputError
+
 KINDS: dict[type[nn.Module], str] = {
     nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d", nn.ConvTranspose1d: "conv_transpose1d",
     nn.ConvTranspose2d: "conv_transpose2d", nn.ConvTranspose3d: "conv_transpose3d", nn.Linear: "linear",
@@ -105,3 +107,9 @@ def place(key: str, owners: Mapping[str, nn.Module]) -> Place:
         if attribute != name and module is not None and isinstance(getattr(module, attribute + sibling, None), Tensor):
             return Place(owner, module, attribute, old)  # type: ignore[arg-type]
     return Place(owner, module, name)
+
+
+def refuse_soft(model: nn.Module) -> None:
+    """Raises InputError for a model whose weights `training.prepare` has made soft."""
+    if any(getattr(module, "soft_weight", None) is True for module in model.modules()):
+        raise InputError("the model is prepared for training: harden it first (training.harden)")

@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from transquant.errors import InputError
 from transquant.modules.files import TensorFile
-from transquant.modules.kinds import BATCHNORMS, KINDS, Place, groups_of, is_vector, is_weight, kind_of, place
+from transquant.modules.kinds import BATCHNORMS, KINDS, Place, groups_of, is_vector, is_weight, kind_of, place, refuse_soft
 from transquant.records import AliasSpec, BatchNormSpec, Plan, RawSpec, Spec, Use, VectorSpec, WeightSpec
 
 LOSSY_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -31,6 +31,7 @@ def plan_model(model: nn.Module) -> Plan:
         raise InputError(
             f"model is a {type(model).__name__}, allowed are an nn.Module, a state dict, a path to one, or an .onnx file"
         )
+    refuse_soft(model)
     owners = dict(model.named_modules(remove_duplicate=False))
     specs: list[Spec] = []
     first_names: dict[object, str] = {}

@@ -8,6 +8,8 @@ prepare ─ SoftNetwork ─┬─ penalty ─ the loss
 
 from __future__ import annotations
 
+import logging
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +31,20 @@ SLACK = 0.01  # by how much a file may be smaller than asked
 AIM = 0.996  # of the asked size, while vectors still learn
 RATE = 0.01  # steps a step of Adam
 SHIFTS = 14  # halvings of the interval of shifts
+_log = logging.getLogger("transquant")
+
+
+@dataclass(slots=True)
+class Fate:
+    """What has become of a training: steps that were made, and whether anybody has asked for the file or keeps checkpoints."""
+
+    steps: int = 0
+    kept: bool = False
+
+
+def _lost(fate: Fate) -> None:
+    if fate.steps and not fate.kept:
+        _log.warning("a prepared model was trained for %d steps and given up without training.harden: there is no file", fate.steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +70,8 @@ class SoftNetwork:
         self.template, self.soft, self.places, self.target = template, dict(soft), dict(places), target
         self.price, self.schedule, self.method, self.seed = price, schedule, method, seed
         self.lengths, self.step, self.settled, self.bytes = CodeLengths(), 0, False, 0
-        self.model = [model]
+        self.model, self.fate = [model], Fate()
+        weakref.finalize(self, _lost, self.fate)
         for weight in self.soft.values():
             weight.owner = self
 
@@ -76,6 +93,7 @@ class SoftNetwork:
         if self.schedule.steps and not self.settled and self.step >= self.schedule.settled * self.schedule.steps:
             self.settle()
         self.step += 1
+        self.fate.steps += 1
         total = torch.zeros(())
         for name, weight in self.soft.items():
             given = self.originals(name)
@@ -135,6 +153,7 @@ class SoftNetwork:
 
     def file(self) -> bytes:
         """The file at the asked size. Raises TargetError."""
+        self.fate.kept = True
         shift = 0.0 if self.target is None else self.shift_for(self.target)
         return self._file(self.coded(shift))
 
@@ -159,8 +178,9 @@ class SoftNetwork:
         for name, uses in self.places.items():
             if not all(id(m) in present and parametrize.is_parametrized(m, a) for m, a in uses):
                 raise InputError(f"the model has been changed since it was prepared: weight {name!r} is no longer where it was")
-        known = set(modules.names_of(self.template.plan)) - set(self.soft)
-        found = set(self.plain_state()) - set(self.soft)
+        soft = set(self.soft) | {name for name, of in self.template.aliases().items() if of in self.soft}
+        known = set(modules.names_of(self.template.plan)) - soft
+        found = set(self.plain_state()) - soft
         if known != found:
             names = ", ".join(sorted(known ^ found)[:3])
             raise InputError(f"the model has been changed since it was prepared: it differs in {names}")

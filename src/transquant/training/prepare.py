@@ -44,14 +44,15 @@ def prepare(
     effort: int = 3,
     seed: int = 0,
     start: codec.CompressedModel | None = None,
+    progress: codec.Progress | None = None,
     **options: Any,
 ) -> SoftNetwork:
     """Make the weights of a network soft, in place, so that it can be trained for a small file; `harden` makes the file.
 
     `model` is compressed once, as `compress` does (`calibration`, `transform`, `axis`, `overrides`, `forward`, `output`, `effort`,
-    `seed` are its arguments), which gives steps, bases and the size of vectors' steps; `start` is such a result from before, of
-    this model, without a trellis. Its weights become parametrizations (torch.nn.utils.parametrize), whose parameters are in
-    steps: make the optimizer afterwards, best of `SoftNetwork.parameter_groups()`, and add `SoftNetwork.penalty()` to the loss
+    `seed`, `progress` are its arguments), which gives steps, bases and the size of vectors' steps; `start` is such a result from
+    before, of this model, without a trellis. Its weights become parametrizations (torch.nn.utils.parametrize), whose parameters
+    are in steps: make the optimizer afterwards, best of `SoftNetwork.parameter_groups()`, and add `SoftNetwork.penalty()` to the loss
     at every step. `steps`: how many steps the training will take, for its schedule; 0: not known, everything stays as it begins.
     `method`: "transform", "diffq", "crq": `bits` (8 · bytes of the file / parameters) or `size` (bytes, or "64KB") is what the file
     will take; "qat", "lsq": `bits` is the depth of a weight, 1 to 8. `options` of the methods: docs/training.md.
@@ -70,7 +71,7 @@ def prepare(
     if start is None:
         start = codec.compress(
             model, calibration, bits=bits, size=size, trellis=False, transform=transform, axis=axis, overrides=overrides,
-            forward=forward, output=output, effort=effort, seed=seed,
+            forward=forward, output=output, effort=effort, seed=seed, progress=progress,
         )  # fmt: skip
     return attach(model, plan, start, method, target.value if chosen.sized else None, steps, seed, bits or 0.0, own)
 
@@ -107,6 +108,13 @@ def attach(
     c = start.report.settings.get("c")
     price = Price(lagrangian(float(c)) if c else 1e-6)
     return SoftNetwork(model, template, soft, places, target, price, Schedule(steps), method, seed)
+
+
+def _alone(module: nn.Module) -> None:
+    """Give a parametrized module a class of its own: copies of it share one, and removing a parametrization changes the class."""
+    kind = type(module)
+    own = {key: value for key, value in vars(kind).items() if key not in ("__dict__", "__weakref__")}
+    module.__class__ = type(kind.__name__, kind.__bases__, own)
 
 
 def _in_order(model: nn.Module, network: SoftNetwork) -> None:
@@ -150,6 +158,8 @@ def harden(model: nn.Module) -> codec.CompressedModel:
         raise InputError("the model is not prepared: call training.prepare before training, then harden")
     network.check(model)
     compressed = codec.load_bytes(network.file())
+    for module in {id(m): m for uses in network.places.values() for m, _ in uses}.values():
+        _alone(module)
     for (first, attribute), *others in network.places.values():
         parametrize.remove_parametrizations(first, attribute)
         if attribute in first._buffers:  # torch's choice for what is fixed and was made of several parameters

@@ -30,6 +30,7 @@ class SoftWeight(nn.Module):
     `tensor`: the weight in the template, (O, n); `step`: the file's global step. `owner`: the network it belongs to."""
 
     owner: SoftNetwork
+    soft_weight = True  # by which other rooms know a prepared model
     rates: tuple[float | None, ...] = (None, None)  # Adam's, of each parameter; None: that of weights
     fixed: Tensor | None  # symbols (O, n), float, once they are settled
     unit: Tensor  # (O, n) or what broadcasts to it: what 1 of the parameter is in the weight (in its coefficients)
@@ -39,6 +40,12 @@ class SoftWeight(nn.Module):
         self.tensor, self.name, self.shape = tensor, tensor.entry.name, tensor.entry.shape
         self.register_buffer("fixed", None)
         self.register_buffer("unit", torch.from_numpy(step_sizes(tensor, step)).float(), persistent=False)
+
+    def __call__(self, *originals: Tensor) -> Tensor:
+        """The weight, in its own precision under autocast too: it is what the file will hold, whatever its layer computes in."""
+        with torch.autocast(originals[0].device.type, enabled=False):
+            weight: Tensor = super().__call__(*originals)
+        return weight
 
     def forward(self, *originals: Tensor) -> Tensor:
         """The weight as the layer uses it, in its shape."""

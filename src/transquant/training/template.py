@@ -16,7 +16,7 @@ from transquant import bitstream, modules
 from transquant.bitstream import Part
 from transquant.container import read_container
 from transquant.entropy.lanes import decode_planes, encode_planes
-from transquant.grid import steps
+from transquant.grid import MAX_QP, steps
 from transquant.records import (
     AliasEntry,
     BatchNormEntry,
@@ -32,12 +32,15 @@ from transquant.records import (
 )
 from transquant.weights import quarter_octaves
 
+VECTOR_QUARTERS = 4  # quarter octaves
+
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """A compressed network: `coded` by entry, `plan` of the module it was made of."""
+    """A compressed network: `data` are its bytes, `coded` by entry, `plan` of the module it was made of."""
 
     plan: Plan
+    data: bytes
     container: Container
     coded: Mapping[str, Coded]
 
@@ -46,7 +49,7 @@ class Template:
         """The template that a file is."""
         container = read_container(data, Limits(1 << 62, 1 << 62))
         coded = bitstream.decode(container, lambda sections: [[decode_planes(*job)[0] for job in s] for s in sections])
-        return cls(plan, container, coded)
+        return cls(plan, data, container, coded)
 
     @property
     def weights(self) -> dict[str, CodedTensor]:
@@ -83,7 +86,8 @@ class Template:
                 yield entry, None
 
     def _vector(self, vector: FloatArray, qp: int) -> tuple[int, IntArray]:
-        """Step index and symbols int32 (C,) of a vector, as in `Encoder`."""
+        """Step index and symbols int32 (C,) of a vector, as in `Encoder`, but finer: what has been trained bears less."""
+        qp = max(qp - VECTOR_QUARTERS, -MAX_QP)
         qp += quarter_octaves(np.abs(vector) / self.size(qp))
         return qp, np.rint(vector.reshape(-1) / self.size(qp)).astype(np.int32)
 

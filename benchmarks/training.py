@@ -1,0 +1,195 @@
+"""Retraining ResNet-20 on CIFAR-10 and the character LSTM, all methods under one protocol: file size against the score.
+
+    python benchmarks/training.py                        # the whole queue: a run that was killed goes on, what is done is skipped
+    python benchmarks/training.py --runs transform-1.0 crq-1.3
+    python benchmarks/training.py --score                # decode and score the committed files again (a minute), train nothing
+
+Every run begins with the shared float weights and takes ten epochs of the training images (crops and flips), one seed;
+the whole file is counted, and the score is that of the decoded file on all 10,000 test images, which nothing else ever sees.
+"float": the float network trained for as many epochs in the same way. The language model learns the first 90 % of the text and is scored on
+the last 10 %. Checkpoints lie in benchmarks/cache; results, one JSON and one .tq file a run, in benchmarks/training. Writes the
+table and the picture of docs/training.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import transquant as tq
+from networks import ResNet20, accuracy, after_warm_up, bits_per_character, characters, cifar10, network
+
+EPOCHS = 10
+BATCH = 128
+FOLDER = Path(__file__).with_suffix("")
+CACHE = Path(__file__).parent / "cache" / "training"
+Row = dict[str, Any]
+
+COMMON = {"distill": 0.5, "rate": 0.01, "vector_rate": 0.002}
+RUNS: dict[str, dict[str, Any]] = {
+    "float": {"method": None},
+    "transform-1.0": {"method": "transform", "bits": 1.0},
+    "transform-0.7": {"method": "transform", "bits": 0.7},
+    "transform-2.0": {"method": "transform", "bits": 2.0},
+    "crq-1.3": {"method": "crq", "bits": 1.3},
+    "diffq-2.0": {"method": "diffq", "bits": 2.0},
+    "diffq-4.0": {"method": "diffq", "bits": 4.0},
+    "lsq-2": {"method": "lsq", "bits": 2},
+    "qat-2": {"method": "qat", "bits": 2},
+    "lstm-1.5": {"method": "transform", "bits": 1.5},
+    "transform-0.5": {"method": "transform", "bits": 0.5},
+    "elt-1.0": {"method": "transform", "bits": 1.0, "transform": "elt"},
+}
+LABELS = {"transform": "transform quantization", "diffq": "DiffQ", "crq": "CRQ (reconstructed)", "qat": "QAT", "lsq": "LSQ"}
+
+
+def crop_and_flip(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Images shifted by up to four pixels, what is outside 0; half of them mirrored."""
+    count, side = len(images), images.shape[-1]
+    padded = functional.pad(images, (4, 4, 4, 4))
+    shift = torch.randint(0, 9, (count, 2), generator=generator)
+    rows = (shift[:, 0, None] + torch.arange(side))[:, None, :, None]
+    mirrored = torch.rand(count, generator=generator)[:, None] < 0.5
+    places = torch.arange(side).expand(count, side)
+    columns = (shift[:, 1, None] + torch.where(mirrored, places.flip(1), places))[:, None, None, :]
+    channels = torch.arange(images.shape[1])[None, :, None, None]
+    return padded[torch.arange(count)[:, None, None, None], channels, rows, columns], labels
+
+
+def train_images(name: str, settings: dict[str, Any], epochs: int) -> bytes:
+    """The file of one run on CIFAR-10."""
+    images, labels = cifar10("train")
+    result = tq.training.fit(
+        network("resnet20"), (images, labels), epochs=epochs, batch=BATCH, teacher="self", augment=crop_and_flip,
+        autocast="bfloat16", channels_last=True, work=CACHE / name, progress=_progress(name), **{**COMMON, **settings},
+    )  # fmt: skip
+    return result.compressed.data
+
+
+class Windows:
+    """Rows of text at random places of its first 90 %: an epoch shows as many characters as there are."""
+
+    def __init__(self, batch: int = 32, length: int = 200) -> None:
+        self.text = characters(0.0, last=0.9).reshape(-1)
+        self.batch, self.length = batch, length
+
+    def __len__(self) -> int:
+        return len(self.text) // (self.batch * self.length)
+
+    def __iter__(self):
+        for _ in range(len(self)):
+            places = torch.randint(0, len(self.text) - self.length - 1, (self.batch,))
+            rows = torch.stack([self.text[p : p + self.length + 1] for p in places.tolist()])
+            yield rows[:, :-1], rows[:, 1:]
+
+
+def next_character(outputs: Tensor, wanted: Tensor) -> Tensor:
+    """Cross-entropy of every character, nats."""
+    return functional.cross_entropy(outputs.flatten(0, 1), wanted.flatten())
+
+
+def train_text(name: str, settings: dict[str, Any], epochs: int) -> bytes:
+    """The file of the language model."""
+    result = tq.training.fit(
+        network("charrnn"), Windows(), epochs=epochs, loss=next_character, teacher="self", output=after_warm_up,
+        work=CACHE / name, progress=_progress(name), **{**COMMON, **settings},
+    )  # fmt: skip
+    return result.compressed.data
+
+
+def train_float(epochs: int) -> nn.Module:
+    """The float network after as many epochs, without a quantizer: SGD, as it was trained first, since Adam gives less."""
+    images, labels = cifar10("train")
+    model = network("resnet20").train().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+    steps = epochs * (len(images) // BATCH)
+    order = torch.cat([torch.randperm(len(images), generator=torch.Generator().manual_seed(e)) for e in range(epochs)])
+    for step in range(steps):
+        batch = order[step * BATCH : (step + 1) * BATCH]
+        x, y = crop_and_flip(images[batch], labels[batch], torch.Generator().manual_seed(step))
+        for group in optimizer.param_groups:
+            group["lr"] = 0.05 * (1 + math.cos(math.pi * step / steps)) / 2
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = model(x.to(memory_format=torch.channels_last))
+        functional.cross_entropy(outputs.float(), y).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def measure(name: str, path: Path) -> Row:
+    """Score of a committed file, as anyone decodes it."""
+    compressed = tq.load(path)
+    row: Row = {"file_bytes": path.stat().st_size, "bits_per_parameter": compressed.report.bits_per_parameter}
+    if name.startswith("lstm"):
+        rows = characters(0.9)
+        model = network("charrnn")
+        row["float"] = bits_per_character(model, rows)
+        return row | {"score": bits_per_character(compressed.install(model).eval(), rows)}
+    images, labels = cifar10("test")
+    row["float"] = accuracy(network("resnet20"), images, labels)
+    return row | {"score": accuracy(compressed.install(ResNet20()).eval(), images, labels)}
+
+
+def run(name: str, epochs: int) -> Row:
+    """One run of the queue: trains, writes the file, scores it."""
+    settings, start = dict(RUNS[name]), time.perf_counter()
+    path = FOLDER / f"{name}.tq"
+    if settings["method"] is None:
+        images, labels = cifar10("test")
+        row: Row = {"float": accuracy(network("resnet20"), images, labels)}
+        row["score"] = accuracy(train_float(epochs), images, labels)
+    else:
+        data = (train_text if name.startswith("lstm") else train_images)(name, settings, epochs)
+        path.write_bytes(data)
+        row = measure(name, path)
+    machine = {"processor": platform.machine(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    return {"name": name, **settings, "epochs": epochs, **row, "seconds": time.perf_counter() - start, "machine": machine}
+
+
+def _progress(name: str) -> Any:
+    last = [0.0]
+
+    def say(stage: str, done: int, total: int) -> None:
+        if time.monotonic() - last[0] > 20:
+            last[0] = time.monotonic()
+            print(f"{name}: {stage} {done} of {total}", file=sys.stderr, flush=True)
+
+    return say
+
+
+def rows() -> list[Row]:
+    """All results, in the order of the queue."""
+    return [json.loads(p.read_text()) for name in RUNS if (p := FOLDER / f"{name}.json").exists()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--score", action="store_true", help="score the committed files again")
+    options = parser.parse_args()
+    FOLDER.mkdir(exist_ok=True)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    for name in options.runs:
+        result, file = FOLDER / f"{name}.json", FOLDER / f"{name}.tq"
+        if options.score and file.exists():
+            print(name, json.dumps(measure(name, file)), flush=True)
+        elif not options.score and not result.exists():
+            row = run(name, options.epochs)
+            print(json.dumps(row), file=sys.stderr, flush=True)
+            result.write_text(json.dumps(row, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
