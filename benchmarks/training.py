@@ -4,9 +4,9 @@
     python benchmarks/training.py --runs transform-1.0 crq-1.3
     python benchmarks/training.py --score                # decode and score the committed files again (a minute), train nothing
 
-Every run begins with the shared float weights and takes ten epochs of the training images (crops and flips), one seed;
-the whole file is counted, and the score is that of the decoded file on all 10,000 test images, which nothing else ever sees.
-"float": the float network trained for as many epochs in the same way. The language model learns the first 90 % of the text and is scored on
+Every run begins with the shared float weights and takes ten epochs of the training images (crops and flips), one seed; the whole
+file is counted, and the score is that of the decoded file on all 10,000 test images, which nothing else ever sees. "float": the
+float network trained for as many epochs in the same way. The language model learns the first 90 % of the text and is scored on
 the last 10 %. Checkpoints lie in benchmarks/cache; results, one JSON and one .tq file a run, in benchmarks/training. Writes the
 table and the picture of docs/training.md.
 """
@@ -28,6 +28,7 @@ from torch.nn import functional
 
 import transquant as tq
 from networks import ResNet20, accuracy, after_warm_up, bits_per_character, characters, cifar10, network
+from pages import ROOT, insert_table
 
 EPOCHS = 10
 BATCH = 128
@@ -173,15 +174,75 @@ def rows() -> list[Row]:
     return [json.loads(p.read_text()) for name in RUNS if (p := FOLDER / f"{name}.json").exists()]
 
 
+def title(name: str) -> str:
+    """What a run is called in the table."""
+    settings = RUNS[name]
+    if settings["method"] is None:
+        return "float, fine-tuned"
+    depth = f", {settings['bits']} bits a weight" if settings["method"] in ("qat", "lsq") else ""
+    return LABELS[settings["method"]] + depth + (f", {settings['transform'].upper()}" if "transform" in settings else "")
+
+
+def untrained() -> dict[float, float]:
+    """Score by bits a parameter of the same network without training, at the highest effort."""
+    known = json.loads((ROOT / "benchmarks" / "main_job.json").read_text())["rows"]
+    return {r["bits_per_parameter"]: r["score"] for r in known if r["network"] == "resnet20" and r["effort"] == 9}
+
+
+def table(found: list[Row]) -> str:
+    """All runs as Markdown."""
+    heads = ("network", "method", "bits a parameter", "file", "score", "float", "epochs", "minutes")
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for row in found:
+        bits, size = "32", "1,089 KB"
+        if "file_bytes" in row:
+            bits, size = f"**{row['bits_per_parameter']:.3f}**", f"{row['file_bytes']:,}"
+        network, form, unit = "ResNet-20", ".2f", " %"
+        if row["name"].startswith("lstm"):
+            network, form, unit = "character LSTM", ".3f", " bits/char"
+        scores = f"{row['score']:{form}}{unit} | {row['float']:{form}}"
+        lines.append(
+            f"| {network} | {title(row['name'])} | {bits} | {size} | {scores} | {row['epochs']} | {row['seconds'] / 60:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def picture(found: list[Row]) -> None:
+    """docs/training.png: accuracy on the test images against bits a parameter."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2))
+    curve = sorted(untrained().items())
+    axes.plot([b for b, _ in curve], [s for _, s in curve], "o-", color="0.6", markersize=3, label="not trained (effort 9)")
+    images = [r for r in found if r["name"] != "float" and not r["name"].startswith("lstm")]
+    for method, marker in zip(LABELS, "osD^v", strict=True):
+        own = sorted((r["bits_per_parameter"], r["score"]) for r in images if r["method"] == method)
+        if own:
+            axes.plot(*zip(*own, strict=True), marker + ("-" if len(own) > 1 else ""), label=LABELS[method])
+    for row in found:
+        if row["name"] == "float":
+            axes.axhline(row["score"], color="0.3", linestyle=":", label=f"float after {row['epochs']} epochs")
+            axes.axhline(row["float"], color="0.3", linestyle="--", linewidth=0.8, label="float")
+    axes.set(xlabel="bits a parameter, whole file", ylabel="top-1 on 10,000 test images, %", ylim=(82, None), xlim=(0.4, 4.2))
+    axes.legend(fontsize=8, loc="lower right")
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs" / "training.png", dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--pages", action="store_true", help="only write the table and the picture")
     parser.add_argument("--score", action="store_true", help="score the committed files again")
     options = parser.parse_args()
     FOLDER.mkdir(exist_ok=True)
     CACHE.mkdir(parents=True, exist_ok=True)
-    for name in options.runs:
+    for name in [] if options.pages else options.runs:
         result, file = FOLDER / f"{name}.json", FOLDER / f"{name}.tq"
         if options.score and file.exists():
             print(name, json.dumps(measure(name, file)), flush=True)
@@ -189,6 +250,9 @@ def main() -> None:
             row = run(name, options.epochs)
             print(json.dumps(row), file=sys.stderr, flush=True)
             result.write_text(json.dumps(row, indent=1) + "\n")
+    if not options.score:
+        insert_table("docs/training.md", "training.py", table(rows()))
+        picture(rows())
 
 
 if __name__ == "__main__":
