@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from transquant.errors import InputError
 from transquant.records import WeightSpec
+from transquant.training.crq import STRENGTH, ClusteredWeight
 from transquant.training.diffq import GROUPS, MOST, NOISES, NoisyWeight
 from transquant.training.soft import SoftWeight
 from transquant.training.template import Template
 from transquant.training.transform import TransformWeight
+from transquant.training.uniform import KEPT_DEPTH, UniformWeight
+
+ENDS = "first", "last"  # weights that networks are most sensitive to, and that are small
 
 Soften = Callable[[Template, Mapping[str, WeightSpec], float, Mapping[str, Any]], dict[str, SoftWeight]]
 
@@ -46,9 +50,46 @@ def _diffq(template: Template, specs: Mapping[str, WeightSpec], bits: float, opt
     return {name: NoisyWeight(template.weights[name], template.container.step, group, noise, begin, rounded) for name in specs}
 
 
+def _clustered(
+    template: Template, specs: Mapping[str, WeightSpec], bits: float, options: Mapping[str, Any]
+) -> dict[str, SoftWeight]:
+    levels, strength = options["levels"], options["strength"]
+    if isinstance(levels, bool) or not isinstance(levels, int) or levels % 2 == 0 or not 3 <= levels <= 31:
+        raise InputError(f"levels is {levels!r}, allowed are odd numbers from 3 to 31")
+    if not isinstance(strength, int | float) or not 0 <= strength < float("inf"):
+        raise InputError(f"strength is {strength!r}, allowed are finite numbers from 0")
+    kept, step = _kept(specs, options["keep"]), template.container.step
+    return {
+        name: UniformWeight(tensor, step) if name in kept else ClusteredWeight(tensor, step, levels, float(strength))
+        for name, tensor in ((name, template.weights[name]) for name in specs)
+    }
+
+
+def _uniform(learned: bool) -> Soften:
+    def soften(
+        template: Template, specs: Mapping[str, WeightSpec], bits: float, options: Mapping[str, Any]
+    ) -> dict[str, SoftWeight]:
+        kept, weights, step = _kept(specs, options["keep"]), template.weights, template.container.step
+        return {n: UniformWeight(weights[n], step, KEPT_DEPTH if n in kept else int(bits), learned) for n in specs}
+
+    return soften
+
+
+def _kept(specs: Mapping[str, WeightSpec], keep: Any) -> set[str]:
+    """Names of the weights that an option `keep` means."""
+    names = list(specs)
+    known = {"first": names[0], "last": names[-1]} | {name: name for name in names} if names else {}
+    if isinstance(keep, str) or not isinstance(keep, Sequence) or any(k not in known for k in keep):
+        raise InputError(f"keep is {keep!r}, allowed is a list of 'first', 'last' and names of weights")
+    return {known[k] for k in keep}
+
+
 METHODS: dict[str, Method] = {
     "transform": Method(_transform),
     "diffq": Method(_diffq, {"group": 8, "noise": "uniform", "init_bits": None, "rounded": 0.5}),
+    "crq": Method(_clustered, {"levels": 3, "strength": STRENGTH, "keep": ENDS}),
+    "qat": Method(_uniform(learned=False), {"keep": ENDS}, sized=False),
+    "lsq": Method(_uniform(learned=True), {"keep": ENDS}, sized=False),
 }
 
 

@@ -1,0 +1,98 @@
+"""Cluster regularization (CRQ; Hu et al., arXiv 1902.10370), reconstructed from the abstract: all else here is our design.
+
+The network learns with its float weights while a term of the loss draws each to the nearest of −α, 0, α, little at first and at
+last so much that nothing is lost when the weights are replaced by what they have gathered round:
+
+    λ(t) · mean over the layer's weights of (r − k)²        r = w / α, k the nearest symbol, α the layer's least-squares one
+
+λ grows exponentially, RAMP-fold until symbols settle, so its end matters little: a factor of ten moves the same training by a
+quarter of the time. The price of bits moves the borders between them.
+"""
+
+from __future__ import annotations
+
+from math import exp
+
+import torch
+from torch import Tensor
+
+from transquant.records import CodedTensor
+from transquant.training.code_length import CodeLengths
+from transquant.training.rounding import symbols_of, through
+from transquant.training.scaled import ScaledWeight, best_scale
+
+MARGIN = 0.17  # of the bin of zero, where a bit costs what it does at first
+NARROW = 40  # halvings of the bin of zero at a shift of −1: what has gathered round zero is very near to it
+RAMP = 1e4  # of λ, from the first step until symbols settle
+STRENGTH = 10.0  # λ at the end, units of the loss
+THRESHOLD = 0.7  # of the mean magnitude, of ternary weight networks (Li et al., arXiv 1605.04711)
+
+
+class ClusteredWeight(ScaledWeight):
+    """`levels`, odd from 3: how many centres; `strength`: λ at the end, units of the loss."""
+
+    def __init__(self, tensor: CodedTensor, step: tuple[int, int], levels: int = 3, strength: float = STRENGTH) -> None:
+        super().__init__(tensor, step, -(levels // 2), levels // 2)
+        self.strength = strength
+
+    def first_scale(self, weight: Tensor) -> Tensor:
+        """Of three levels the mean of the magnitudes above 0.7 of their mean, of more the one of least error."""
+        if self.high > 1:
+            return best_scale(weight, self.symbols, self.high)
+        size = weight.abs()
+        return size[size >= THRESHOLD * size.mean()].mean()
+
+    def soft(self, weight: Tensor, a: Tensor) -> Tensor:
+        """In training the float weight, else its cluster's centre."""
+        if self.training:
+            return weight
+        scale = self.scale(a).detach()
+        return through(self.decided(weight, scale) * scale, weight)
+
+    def symbols(self, relative: Tensor) -> Tensor:
+        """Of the nearest centre."""
+        return symbols_of(relative).clamp(self.low, self.high)
+
+    def decided(self, weight: Tensor, scale: Tensor, shift: float = 0.0) -> Tensor:
+        """Of the centre nearest in units of its bits' price and its distance: the bin of zero is wider by `margin` + `shift`."""
+        relative = weight / scale
+        border = 0.5 + self.margin(scale)
+        border = border + shift if shift > 0 else border * 2.0 ** (NARROW * shift)
+        return torch.where(relative.abs() < border, 0.0, torch.sign(relative) * symbols_of(relative.abs()).clamp(1, self.high))
+
+    def reduced(self, weight: Tensor, shift: float) -> Tensor:
+        """Settled symbols, those of the smallest weights zero: up to `shift` mean magnitudes above the smallest of all."""
+        assert self.fixed is not None
+        size = weight.abs()[self.fixed != 0]
+        if shift <= 0 or not size.numel():
+            return self.fixed
+        return torch.where(weight.abs() < size.min() + shift * size.mean(), 0.0, self.fixed)
+
+    def margin(self, scale: Tensor) -> Tensor:
+        """By how many α the bin of zero is wider, broadcastable to (O, n)."""
+        owner = self.__dict__.get("owner")  # there is none while a network is being prepared
+        if owner is None or owner.target is None:
+            return torch.zeros_like(scale)
+        return (MARGIN * exp(owner.price.memory) * (self.unit / scale).square()).clamp(max=0.5)
+
+    def bits(self, lengths: CodeLengths, *originals: Tensor) -> Tensor:
+        """None: what a bit costs moves the borders between clusters instead, so that centres stay where they are."""
+        return originals[0].new_zeros(())
+
+    def loss(self, progress: float, *originals: Tensor) -> Tensor | None:
+        """λ times the mean squared distance from the nearest centres, in units of α²."""
+        if self.fixed is not None:
+            return None
+        self.refresh(*originals)
+        return self.weight_of(progress) * self.distance(*originals)
+
+    def distance(self, *originals: Tensor) -> Tensor:
+        """Mean squared distance, a scalar in units of α²."""
+        weight, scale = self.values(originals[0]), self.scale(originals[1].detach())
+        return (weight / scale - self.decided(weight.detach(), scale)).square().mean()
+
+    def weight_of(self, progress: float) -> float:
+        """λ at a share of the training; where its length is not known, half-way up the ramp, logarithmically, all the time."""
+        schedule = self.owner.schedule
+        share = min(progress / schedule.settled, 1.0) if schedule.steps and schedule.settled else 0.5
+        return float(self.strength * RAMP ** (share - 1))
