@@ -52,8 +52,9 @@ def prepare(
     `model` is compressed once, as `compress` does (`calibration`, `transform`, `axis`, `overrides`, `forward`, `output`, `effort`,
     `seed`, `progress` are its arguments), which gives steps, bases and the size of vectors' steps; `start` is such a result from
     before, of this model, without a trellis. Its weights become parametrizations (torch.nn.utils.parametrize), whose parameters
-    are in steps: make the optimizer afterwards, best of `SoftNetwork.parameter_groups()`, and add `SoftNetwork.penalty()` to the loss
-    at every step. `steps`: how many steps the training will take, for its schedule; 0: not known, everything stays as it begins.
+    are in steps: make the optimizer afterwards, best of `SoftNetwork.parameter_groups()`, and add `SoftNetwork.penalty()` to the
+    loss at every step. `steps`: how many steps the training will take, for its schedule; 0: not known, everything stays as it
+    begins.
     `method`: "transform", "diffq", "crq": `bits` (8 · bytes of the file / parameters) or `size` (bytes, or "64KB") is what the file
     will take; "qat", "lsq": `bits` is the depth of a weight, 1 to 8. `options` of the methods: docs/training.md.
 
