@@ -104,7 +104,8 @@ def test_what_is_written_decodes_to_what_the_network_had(digits, start, levels):
     for name, value in before.items():
         torch.testing.assert_close(decoded[name], value, rtol=3e-7, atol=0)
         symbols = network.coded(0.0)[name].symbols
-        assert np.abs(symbols).max() == (levels // 2 if isinstance(network.soft[name], ClusteredWeight) else 127)
+        most = np.abs(symbols).max()
+        assert (most == levels // 2) if isinstance(network.soft[name], ClusteredWeight) else (64 <= most <= 127)
     model.train()  # while it learns the layer sees the float weight
     torch.testing.assert_close(model.features[3].weight, pretrained().features[3].weight, rtol=1e-5, atol=1e-7)
 
@@ -180,7 +181,7 @@ def test_a_scale_goes_on_learning_when_symbols_have_settled():
     model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 4))
     x = torch.randn(64, 16)
     y = model(x).argmax(1)
-    network = training.prepare(model, [x], bits=5.0, effort=1, method="crq", steps=40)
+    network = training.prepare(model, [x], bits=6.0, effort=1, method="crq", steps=40)
     train(model, network, (x, y), 35)
     assert network.settled
     (name,) = (n for n, w in network.soft.items() if isinstance(w, ClusteredWeight))

@@ -95,7 +95,7 @@ def whole(digits, noisy_start, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     x, y = digits[0]
     batches = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x[:600], y[:600]), batch_size=100, shuffle=True)
-    options = dict(bits=1.4, epochs=3, start=noisy_start, augment=shift, teacher="self", clip=5.0)
+    options = {"bits": 1.4, "epochs": 3, "start": noisy_start, "augment": shift, "teacher": "self", "clip": 5.0}
     result = training.fit(Noisy(), batches, **options, work=folder)
     return batches, options, result, final(folder)
 
@@ -197,7 +197,7 @@ def test_micro_batches_are_the_big_batch(plain, tmp_path):
     for count in (1, 3):
         folder = tmp_path / str(count)
         folder.mkdir()
-        options = dict(bits=6.0, epochs=3, batch=32, effort=1, calibration_samples=64)
+        options = {"bits": 6.0, "epochs": 3, "batch": 32, "effort": 1, "calibration_samples": 64}
         states.append(trained(model, data, folder=folder, micro_batches=count, **options))
     for key, value in states[0].items():
         torch.testing.assert_close(states[1][key], value, rtol=1e-3, atol=1e-4)
@@ -268,7 +268,7 @@ def test_patience_ends_it(plain):
 
 def test_checkpoints_of_another_training_are_refused(plain, tmp_path):
     model, data = plain
-    options = dict(bits=6.0, epochs=2, batch=32, effort=1, calibration_samples=64, work=tmp_path)
+    options = {"bits": 6.0, "epochs": 2, "batch": 32, "effort": 1, "calibration_samples": 64, "work": tmp_path}
     training.fit(model, data, **options)
     other = copy.deepcopy(model)
     with torch.no_grad():
@@ -302,7 +302,7 @@ def test_targets_that_no_file_meets(plain):
         ({"data": [1, 2]}, "gave a int as a batch"),
         ({"data": (torch.zeros(3, 12), torch.zeros(2))}, "3 inputs and 2 labels"),
         ({"evaluate": lambda m: float("nan")}, "evaluate returned nan"),
-        ({"loss": lambda o, l: 1.0}, "loss returned float"),
+        ({"loss": lambda output, labels: 1.0}, "loss returned float"),
         ({"augment": lambda x, y, g: x}, "gave a Tensor as a batch"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -1,5 +1,5 @@
 """Compressed models in the formats of other libraries. `transformers`: folders that from_pretrained reads and save_pretrained
-writes; needs the extra "zoo"."""
+writes; needs the extra "zoo". `trainer`, `lightning`: callbacks for the training loops of transformers and Lightning."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transquant.integrations import transformers
+    from transquant.integrations import lightning, trainer, transformers
 
-__all__ = ["transformers"]
+__all__ = ["lightning", "trainer", "transformers"]
 
 
 def __getattr__(name: str) -> Any:

@@ -28,6 +28,10 @@ KEPT = 2  # a kill while the newest is written, or damage to it, costs what came
 _log = logging.getLogger("transquant")
 
 
+class _Damaged(Exception):
+    """A file that is whole but not what was written."""
+
+
 class Checkpoints:
     """A folder of checkpoints. One that does not exist is made, and deleted by `finish`; one that does exist is kept.
 
@@ -62,7 +66,7 @@ class Checkpoints:
         for step in reversed(self.steps()):
             try:
                 return self._read(self._file(step))
-            except (OSError, SafetensorError, ValueError, KeyError) as error:
+            except (OSError, SafetensorError, ValueError, KeyError, _Damaged) as error:
                 if isinstance(error, InputError):
                     raise
                 _log.warning("%s is not used: %s", self._file(step), error)
@@ -103,7 +107,7 @@ class Checkpoints:
         if meta.get("format", FORMAT) != FORMAT:
             raise InputError(f"{path} is a checkpoint of another version of transquant ({meta['format']}, expected {FORMAT})")
         if _digest(meta["content"], tensors) != meta["digest"]:
-            raise ValueError("it is damaged")
+            raise _Damaged("it is damaged")
         return _value(json.loads(meta["content"]), tensors)
 
 
