@@ -4,11 +4,11 @@
     python benchmarks/training.py --runs transform-1.0 crq-1.3
     python benchmarks/training.py --score                # decode and score the committed files again (a minute), train nothing
 
-Every run begins with the shared float weights and takes ten epochs of the training images (crops and flips), one seed; the whole
-file is counted, and the score is that of the decoded file on all 10,000 test images, which nothing else ever sees. "float": the
-float network trained for as many epochs in the same way. The language model learns the first 90 % of the text, twenty times over,
-and is scored on the last 10 %. Checkpoints lie in benchmarks/cache; results, one JSON and one .tq file a run, in benchmarks/training.
-Writes the table and the picture of docs/training.md.
+Every run begins with the shared float weights and takes ten epochs of the training images (crops and flips), twenty where RUNS says
+so, one seed; the whole file is counted, and the score is that of the decoded file on all 10,000 test images, which nothing else
+ever sees. "float": the float network trained in the same way. The language model learns the first 90 % of the text, twenty times
+over, and is scored on the last 10 %. Checkpoints lie in benchmarks/cache; results, one JSON and one .tq file a run, in
+benchmarks/training. Writes the table and the picture of docs/training.md.
 """
 
 from __future__ import annotations
