@@ -26,7 +26,7 @@ from transquant.training.price import Price
 from transquant.training.soft import SoftWeight
 from transquant.training.template import Template
 
-EVERY = 25  # steps between two looks at the file
+EVERY, LOOKS = 25, 40  # steps between two looks at the file, at most; looks that a training has, at least where it has the steps
 SLACK = 0.01  # by how much a file may be smaller than asked
 AIM = 0.996  # of the asked size, while vectors still learn
 RATE = 0.01  # steps a step of Adam
@@ -84,11 +84,16 @@ class SoftNetwork:
         """Share of the training that is over, 0 where nobody has said how long it is."""
         return min(self.step / self.schedule.steps, 1.0) if self.schedule.steps else 0.0
 
+    @property
+    def every(self) -> int:
+        """Steps between two looks at the file."""
+        return max(min(EVERY, self.schedule.steps // LOOKS), 1) if self.schedule.steps else EVERY
+
     def penalty(self) -> Tensor:
         """What to add to the loss, a mean over samples in nats or whatever unit the metric has, at every step of the optimizer
         once: the price of the bits, and what the method asks of its weights. Counts the steps and looks at the file now and then.
         Raises TargetError where the size cannot be met when symbols settle."""
-        if self.step % EVERY == 0:
+        if self.step % self.every == 0:
             self.look()
         if self.schedule.steps and not self.settled and self.step >= self.schedule.settled * self.schedule.steps:
             self.settle()
