@@ -36,12 +36,12 @@ FOLDER = Path(__file__).with_suffix("")
 CACHE = Path(__file__).parent / "cache" / "training"
 Row = dict[str, Any]
 
-COMMON = {"distill": 0.5, "rate": 0.01, "vector_rate": 0.002}
+COMMON = {"distill": 0.7, "rate": 0.01, "vector_rate": 0.002}
 RUNS: dict[str, dict[str, Any]] = {
     "float": {"method": None},
-    "transform-1.0": {"method": "transform", "bits": 1.0},
-    "transform-0.7": {"method": "transform", "bits": 0.7},
-    "transform-2.0": {"method": "transform", "bits": 2.0},
+    "transform-1.0": {"method": "transform", "bits": 1.0, "epochs": 20},
+    "transform-0.7": {"method": "transform", "bits": 0.7, "distill": 0.5},
+    "transform-2.0": {"method": "transform", "bits": 2.0, "distill": 0.5},
     "crq-1.3": {"method": "crq", "bits": 1.3},
     "diffq-2.0": {"method": "diffq", "bits": 2.0},
     "diffq-4.0": {"method": "diffq", "bits": 4.0},
@@ -156,7 +156,8 @@ def run(name: str, epochs: int) -> Row:
         path.write_bytes(data)
         row = measure(name, path)
     machine = {"processor": platform.machine(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    return {"name": name, **settings, "epochs": epochs, **row, "seconds": time.perf_counter() - start, "machine": machine}
+    how = settings if settings["method"] is None else {**COMMON, **settings}
+    return {"name": name, **how, "epochs": epochs, **row, "seconds": time.perf_counter() - start, "machine": machine}
 
 
 def _progress(name: str) -> Any:
