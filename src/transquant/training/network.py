@@ -125,7 +125,7 @@ class SoftNetwork:
 
     def settle(self) -> None:
         """Symbols stay as they are at the asked size."""
-        shift = 0.0 if self.target is None else self.shift_for(AIM * self.target)
+        shift = 0.0 if self.target is None else self.shift_for(AIM * self.target, SLACK / 4)
         for name, weight in self.soft.items():
             weight.settle(shift, *self.originals(name))
         self.settled = True
@@ -136,15 +136,16 @@ class SoftNetwork:
         with torch.no_grad():
             return {name: weight.code(shift, *self.originals(name)) for name, weight in self.soft.items()}
 
-    def shift_for(self, target: float) -> float:
-        """The least shift whose file has at most so many bytes. Raises TargetError."""
+    def shift_for(self, target: float, slack: float = SLACK) -> float:
+        """0 where the file has at most so many bytes and hardly fewer, by the share `slack`; else the least shift with which it has
+        at most so many. Raises TargetError."""
         sizes: dict[float, int] = {}
 
         def size(shift: float) -> int:
             sizes[shift] = len(self._file(self.coded(shift)))
             return sizes[shift]
 
-        if (1 - SLACK) * target <= size(0.0) <= target:
+        if (1 - slack) * target <= size(0.0) <= target:
             return 0.0
         low, high = (0.0, 4.0) if sizes[0.0] > target else (-0.45, 0.0)
         if sizes[0.0] > target and size(high) > target:

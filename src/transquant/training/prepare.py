@@ -105,8 +105,7 @@ def attach(
             for key, parameter in parameters.items():
                 module.parametrizations[attribute].register_parameter(key, parameter)  # type: ignore[index, union-attr]
     take_vectors(model, plan, start.state_dict())
-    c = start.report.settings.get("c")
-    price = Price(lagrangian(float(c)) if c else 1e-6)
+    price = Price(lagrangian(template.size(0)))
     return SoftNetwork(model, template, soft, places, target, price, Schedule(steps), method, seed)
 
 
