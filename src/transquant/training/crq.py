@@ -25,15 +25,19 @@ MARGIN = 0.17  # of the bin of zero, where a bit costs what it does at first
 NARROW = 40  # halvings of the bin of zero at a shift of −1: what has gathered round zero is very near to it
 RAMP = 1e4  # of λ, from the first step until symbols settle
 STRENGTH = 10.0  # λ at the end, units of the loss
+HARD = 0.4  # share of the training
 THRESHOLD = 0.7  # of the mean magnitude, of ternary weight networks (Li et al., arXiv 1605.04711)
 
 
 class ClusteredWeight(ScaledWeight):
-    """`levels`, odd from 3: how many centres; `strength`: λ at the end, units of the loss."""
+    """`levels`, odd from 3: how many centres; `strength`: λ at the end, units of the loss; `hard`: the share of the training from
+    which on the layer sees centres."""
 
-    def __init__(self, tensor: CodedTensor, step: tuple[int, int], levels: int = 3, strength: float = STRENGTH) -> None:
+    def __init__(
+        self, tensor: CodedTensor, step: tuple[int, int], levels: int = 3, strength: float = STRENGTH, hard: float = HARD
+    ) -> None:
         super().__init__(tensor, step, -(levels // 2), levels // 2)
-        self.strength = strength
+        self.strength, self.hard = strength, hard
 
     def first_scale(self, weight: Tensor) -> Tensor:
         """Of three levels the mean of the magnitudes above 0.7 of their mean, of more the one of least error."""
@@ -43,8 +47,8 @@ class ClusteredWeight(ScaledWeight):
         return size[size >= THRESHOLD * size.mean()].mean()
 
     def soft(self, weight: Tensor, a: Tensor) -> Tensor:
-        """In training the float weight, else its cluster's centre."""
-        if self.training:
+        """In training first the float weight, then its cluster's centre with the gradient of the weight; the centre else."""
+        if self.training and (self.hard > 0 and ("owner" not in self.__dict__ or self.owner.progress < self.hard)):
             return weight
         scale = self.scale(a).detach()
         return through(self.decided(weight, scale) * scale, weight)

@@ -8,7 +8,7 @@ from typing import Any
 
 from transquant.errors import InputError
 from transquant.records import WeightSpec
-from transquant.training.crq import STRENGTH, ClusteredWeight
+from transquant.training.crq import HARD, STRENGTH, ClusteredWeight
 from transquant.training.diffq import GROUPS, MOST, NOISES, NoisyWeight
 from transquant.training.soft import SoftWeight
 from transquant.training.template import Template
@@ -53,14 +53,16 @@ def _diffq(template: Template, specs: Mapping[str, WeightSpec], bits: float, opt
 def _clustered(
     template: Template, specs: Mapping[str, WeightSpec], bits: float, options: Mapping[str, Any]
 ) -> dict[str, SoftWeight]:
-    levels, strength = options["levels"], options["strength"]
+    levels, strength, hard = options["levels"], options["strength"], options["hard"]
     if isinstance(levels, bool) or not isinstance(levels, int) or levels % 2 == 0 or not 3 <= levels <= 31:
         raise InputError(f"levels is {levels!r}, allowed are odd numbers from 3 to 31")
     if not isinstance(strength, int | float) or not 0 <= strength < float("inf"):
         raise InputError(f"strength is {strength!r}, allowed are finite numbers from 0")
+    if isinstance(hard, bool) or not isinstance(hard, int | float) or not 0 <= hard <= 1:
+        raise InputError(f"hard is {hard!r}, allowed are shares of the training from 0 to 1")
     kept, step = _kept(specs, options["keep"]), template.container.step
     return {
-        name: UniformWeight(tensor, step) if name in kept else ClusteredWeight(tensor, step, levels, float(strength))
+        name: UniformWeight(tensor, step) if name in kept else ClusteredWeight(tensor, step, levels, float(strength), float(hard))
         for name, tensor in ((name, template.weights[name]) for name in specs)
     }
 
@@ -87,7 +89,7 @@ def _kept(specs: Mapping[str, WeightSpec], keep: Any) -> set[str]:
 METHODS: dict[str, Method] = {
     "transform": Method(_transform),
     "diffq": Method(_diffq, {"group": 8, "noise": "uniform", "init_bits": None, "rounded": 0.5}),
-    "crq": Method(_clustered, {"levels": 3, "strength": STRENGTH, "keep": ENDS}),
+    "crq": Method(_clustered, {"levels": 3, "strength": STRENGTH, "hard": HARD, "keep": ENDS}),
     "qat": Method(_uniform(learned=False), {"keep": ENDS}, sized=False),
     "lsq": Method(_uniform(learned=True), {"keep": ENDS}, sized=False),
 }
