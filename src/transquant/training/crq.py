@@ -24,7 +24,7 @@ from transquant.training.scaled import ScaledWeight, best_scale
 MARGIN = 0.17  # of the bin of zero, where a bit costs what it does at first
 NARROW = 40  # halvings of the bin of zero at a shift of −1: what has gathered round zero is very near to it
 RAMP = 1e4  # of λ, from the first step until symbols settle
-STRENGTH = 10.0  # λ at the end, units of the loss
+STRENGTH = 0.3  # λ at the end, units of the loss
 HARD = 0.4  # share of the training
 THRESHOLD = 0.7  # of the mean magnitude, of ternary weight networks (Li et al., arXiv 1605.04711)
 
