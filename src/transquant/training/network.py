@@ -23,7 +23,7 @@ from transquant.errors import InputError, TargetError
 from transquant.records import CodedTensor
 from transquant.training.code_length import CodeLengths
 from transquant.training.price import Price
-from transquant.training.soft import SoftWeight
+from transquant.training.soft import DIVERGED, SoftWeight
 from transquant.training.template import Template
 
 EVERY, LOOKS = 25, 40  # steps between two looks at the file, at most; looks that a training has, at least where it has the steps
@@ -132,12 +132,15 @@ class SoftNetwork:
         self.look()
 
     def coded(self, shift: float) -> dict[str, CodedTensor]:
-        """All weights as the file has them."""
+        """All weights as the file has them. Raises InputError where one is no longer a number."""
         with torch.no_grad():
             return {name: weight.code(shift, *self.originals(name)) for name, weight in self.soft.items()}
 
     def shift_for(self, target: float, slack: float = SLACK) -> float:
         """0 where the file has at most so many bytes and hardly fewer, by the share `slack`; else the least shift with which it has
+            for name in self.soft:
+                if not all(bool(parameter.isfinite().all()) for parameter in self.originals(name)):
+                    raise InputError(f"weight {name!r} is no longer a finite number: {DIVERGED}")
         at most so many. Raises TargetError."""
         sizes: dict[float, int] = {}
 

@@ -16,12 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from transquant.entropy.tables import MAX_SYMBOL
+from transquant.errors import InputError
 from transquant.grid import steps, tensor_index
 from transquant.records import CodedTensor, IntArray
 from transquant.training.code_length import CodeLengths
 
 if TYPE_CHECKING:
     from transquant.training.network import SoftNetwork
+
+DIVERGED = "the training has diverged; a smaller rate or clipped gradients may help"
 
 
 class SoftWeight(nn.Module):
@@ -82,6 +86,8 @@ def step_sizes(tensor: CodedTensor, step: tuple[int, int]) -> np.ndarray[Any, np
 
 
 def integers(symbols: Tensor) -> IntArray:
-    """Float symbols as int32."""
-    found: IntArray = symbols.detach().cpu().numpy().astype(np.int32)
+    """Float symbols as int32. Raises InputError where no file has them: coders take their size on trust."""
+    if symbols.numel() and not float(symbols.detach().abs().max()) <= MAX_SYMBOL:  # not so of NaN either
+        raise InputError(f"a weight is no number or more than {MAX_SYMBOL} steps large: {DIVERGED}")
+    found: IntArray = symbols.detach().float().cpu().numpy().astype(np.int32)
     return found

@@ -31,6 +31,7 @@ from transquant.records import (
     Plan,
 )
 from transquant.weights import quarter_octaves
+from transquant.training.soft import DIVERGED
 
 VECTOR_QUARTERS = 4  # quarter octaves
 
@@ -74,19 +75,22 @@ class Template:
             if entry.name in weights:
                 yield weights[entry.name].entry, weights[entry.name]
             elif isinstance(entry, CodedEntry):
-                qp, symbols = self._vector(values[entry.name], entry.qp)
+                qp, symbols = self._vector(entry.name, values[entry.name], entry.qp)
                 yield (own := replace(entry, qp=qp)), CodedTensor(own, symbols.reshape(entry.rows, entry.columns))
             elif isinstance(entry, BatchNormEntry):
-                scale = self._vector(values[f"{entry.name}.scale"], entry.qps[0])
-                shift = self._vector(values[f"{entry.name}.shift"], entry.qps[1])
+                scale = self._vector(entry.name, values[f"{entry.name}.scale"], entry.qps[0])
+                shift = self._vector(entry.name, values[f"{entry.name}.shift"], entry.qps[1])
                 tracked = entry.batches_tracked if entry.batches_tracked is None else int(state[entry.key("num_batches_tracked")])
                 norm = replace(entry, qps=(scale[0], shift[0]), batches_tracked=tracked)
                 yield norm, CodedBatchNorm(norm, scale[1], shift[1])
             else:
                 yield entry, None
 
-    def _vector(self, vector: FloatArray, qp: int) -> tuple[int, IntArray]:
-        """Step index and symbols int32 (C,) of a vector, as in `Encoder`, but finer: what has been trained bears less."""
+    def _vector(self, name: str, vector: FloatArray, qp: int) -> tuple[int, IntArray]:
+        """Step index and symbols int32 (C,) of a vector, as in `Encoder`, but finer: what has been trained bears less. Raises
+        InputError where it is no longer a number."""
+        if not np.isfinite(vector).all():
+            raise InputError(f"{name!r} is no longer a finite number: {DIVERGED}")
         qp = max(qp - VECTOR_QUARTERS, -MAX_QP)
         qp += quarter_octaves(np.abs(vector) / self.size(qp))
         return qp, np.rint(vector.reshape(-1) / self.size(qp)).astype(np.int32)
