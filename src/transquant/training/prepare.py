@@ -162,10 +162,12 @@ def harden(model: nn.Module) -> codec.CompressedModel:
     for (first, attribute), *others in network.places.values():
         parametrize.remove_parametrizations(first, attribute)
         if attribute in first._buffers:  # torch's choice for what is fixed and was made of several parameters
-            first.register_parameter(attribute, nn.Parameter(first._buffers.pop(attribute)))  # type: ignore[arg-type]
+            first.register_parameter(attribute, nn.Parameter(first._buffers.pop(attribute), learns))  # type: ignore[arg-type]
+        first.get_parameter(attribute).requires_grad_(learns)
         for module, name in others:
             parametrize.remove_parametrizations(module, name)
             module.register_parameter(name, first.get_parameter(attribute))
     _in_order(model, network)
     modules.install(model, compressed.state_dict())
     return compressed
+        learns = originals(first, attribute)[0][1].requires_grad
