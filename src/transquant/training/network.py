@@ -190,6 +190,8 @@ class SoftNetwork:
         soft = set(self.soft) | {name for name, of in self.template.aliases().items() if of in self.soft}
         known = set(modules.names_of(self.template.plan)) - soft
         found = set(self.plain_state()) - soft
+        if model is not self._module():
+            raise InputError("the model is not the module that was prepared, but one around or inside of it: harden that one")
         if known != found:
             names = ", ".join(sorted(known ^ found)[:3])
             raise InputError(f"the model has been changed since it was prepared: it differs in {names}")
