@@ -82,7 +82,8 @@ def attach(
 ) -> SoftNetwork:  # fmt: skip
     """Soft weights for a template, and the network of them."""
     template = Template.of(plan, start.data)
-    owners = dict(model.named_modules())
+    _same_layout(plan, template)
+    owners = dict(model.named_modules(remove_duplicate=False))
     specs = {s.name: s for s in plan.specs if isinstance(s, WeightSpec) and s.module is not None}
     for name, spec in specs.items():
         entry = template.weights.get(name)
@@ -97,7 +98,8 @@ def attach(
     for name, weight in soft.items():
         spec = specs[name]
         uses = [(spec.module or "", spec.attribute), *((use.module, use.attribute) for use in spec.tied)]
-        places[name] = [(owners[path], attribute) for path, attribute in uses]
+        # a module may have several names
+        places[name] = list({(id(owners[path]), attribute): (owners[path], attribute) for path, attribute in uses}.values())
         for module, attribute in places[name]:
             parametrize.register_parametrization(module, attribute, weight)
         parameters = dict(originals(*places[name][0]))
@@ -171,3 +173,4 @@ def harden(model: nn.Module) -> codec.CompressedModel:
     modules.install(model, compressed.state_dict())
     return compressed
         learns = originals(first, attribute)[0][1].requires_grad
+                scale, shift = scale.to(deviation.device), shift.to(deviation.device)
