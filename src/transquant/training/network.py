@@ -76,8 +76,11 @@ class SoftNetwork:
             weight.owner = self
 
     def originals(self, name: str) -> tuple[Tensor, ...]:
-        """The parameters of a weight."""
-        return tuple(parameter for _, parameter in originals(*self.places[name][0]))
+        """The parameters of a weight. Raises InputError where the model has been hardened."""
+        module, attribute = self.places[name][0]
+        if not parametrize.is_parametrized(module, attribute):
+            raise InputError(f"weight {name!r} is no longer soft: the model has been hardened, or changed; prepare it again")
+        return tuple(parameter for _, parameter in originals(module, attribute))
 
     @property
     def progress(self) -> float:
