@@ -28,6 +28,7 @@ from transquant.training.template import Template
 
 EVERY, LOOKS = 25, 40  # steps between two looks at the file, at most; looks that a training has, at least where it has the steps
 SLACK = 0.01  # by how much a file may be smaller than asked
+SMALL = 64  # bytes that a tiny file may be smaller than asked, as in `Target.slack`
 AIM = 0.996  # of the asked size, while vectors still learn
 RATE = 0.01  # steps a step of Adam
 SHIFTS = 14  # halvings of the interval of shifts
@@ -167,7 +168,10 @@ class SoftNetwork:
         """The file at the asked size. Raises TargetError."""
         self.fate.kept = True
         shift = 0.0 if self.target is None else self.shift_for(self.target)
-        return self._file(self.coded(shift))
+        data = self._file(self.coded(shift))
+        if self.target is not None and self.target - len(data) > max(SLACK * self.target, SMALL):
+            _log.warning("the file has %d bytes where %d were asked for: the weights have no use for more", len(data), self.target)
+        return data
 
     def parameter_groups(self, rate: float = RATE, vector_rate: float | None = None) -> list[dict[str, Any]]:
         """Groups for an Adam optimizer: weights at `rate`, in their steps, what methods learn beside them at rates of its own, all
