@@ -47,7 +47,7 @@ class ScaledWeight(SoftWeight):
             self.unit = torch.full((1, 1), _spread(tensor, step_sizes(tensor, step)))
         self.base = float(self.unit.double().mean())
         fold = fold_for(entry.rows, entry.columns // max(entry.taps, 1), entry.taps)
-        plain = replace(entry, transform="i", axis="", groups="", fold=fold, recon_offsets=(0, 0))
+        plain = replace(entry, transform="i", axis="", groups="", span=0, fold=fold, recon_offsets=(0, 0))
         self.tensor = CodedTensor(plain, np.zeros((entry.rows, entry.columns), np.int32))
         values, self.codes = writable(step, entry.qp, max(-low, high))
         self.register_buffer("scales", torch.from_numpy(values).float(), persistent=False)

@@ -46,7 +46,8 @@ class TransformWeight(SoftWeight):
         scaled = coefficients / self.unit * torch.where(symbols < 0, -1.0, 1.0)
         near = torch.minimum(torch.maximum(scaled, inner), size + self.dead_zone - margin)
         start = (near * torch.where(symbols < 0, -1.0, 1.0)).reshape(self.shape).to(weight.dtype)
-        return start if basis is None else (start, basis.to(weight.dtype))
+        # integers of up to 16 bits: half precision has not all of them
+        return start if basis is None else (start, basis.to(torch.promote_types(weight.dtype, torch.float32)))
 
     def forward(self, *originals: Tensor) -> Tensor:
         """Rounded coefficients, synthesized; gradients as if nothing were rounded."""
