@@ -39,7 +39,7 @@ def _transform(
 
 def _diffq(template: Template, specs: Mapping[str, WeightSpec], bits: float, options: Mapping[str, Any]) -> dict[str, SoftWeight]:
     group, noise, begin, rounded = (options[key] for key in ("group", "noise", "init_bits", "rounded"))
-    if isinstance(group, bool) or group not in GROUPS:
+    if isinstance(group, bool) or not isinstance(group, int) or group not in GROUPS:
         raise InputError(f"group is {group!r}, allowed are {', '.join(map(str, GROUPS))}")
     if noise not in NOISES:
         raise InputError(f"noise is {noise!r}, allowed are {', '.join(map(repr, NOISES))}")
@@ -81,7 +81,7 @@ def _kept(specs: Mapping[str, WeightSpec], keep: Any) -> set[str]:
     """Names of the weights that an option `keep` means."""
     names = list(specs)
     known = {"first": names[0], "last": names[-1]} | {name: name for name in names} if names else {}
-    if isinstance(keep, str) or not isinstance(keep, Sequence) or any(k not in known for k in keep):
+    if isinstance(keep, str) or not isinstance(keep, Sequence) or any(not isinstance(k, str) or k not in known for k in keep):
         raise InputError(f"keep is {keep!r}, allowed is a list of 'first', 'last' and names of weights")
     return {known[k] for k in keep}
 
@@ -97,7 +97,7 @@ METHODS: dict[str, Method] = {
 
 def method_of(name: str, options: Mapping[str, Any]) -> tuple[Method, dict[str, Any]]:
     """A method, and its options with defaults. Raises InputError."""
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise InputError(f"method is {name!r}, allowed are {', '.join(map(repr, METHODS))}")
     method = METHODS[name]
     for key in options:

@@ -138,13 +138,13 @@ class SoftNetwork:
     def coded(self, shift: float) -> dict[str, CodedTensor]:
         """All weights as the file has them. Raises InputError where one is no longer a number."""
         with torch.no_grad():
+            for name in self.soft:
+                if not all(bool(parameter.isfinite().all()) for parameter in self.originals(name)):
+                    raise InputError(f"weight {name!r} is no longer a finite number: {DIVERGED}")
             return {name: weight.code(shift, *self.originals(name)) for name, weight in self.soft.items()}
 
     def shift_for(self, target: float, slack: float = SLACK) -> float:
         """0 where the file has at most so many bytes and hardly fewer, by the share `slack`; else the least shift with which it has
-            for name in self.soft:
-                if not all(bool(parameter.isfinite().all()) for parameter in self.originals(name)):
-                    raise InputError(f"weight {name!r} is no longer a finite number: {DIVERGED}")
         at most so many. Raises TargetError."""
         sizes: dict[float, int] = {}
 
@@ -190,6 +190,8 @@ class SoftNetwork:
 
     def check(self, model: nn.Module) -> None:
         """Raises InputError where the model is not as it was prepared, but for the values of its tensors."""
+        if model is not self._module():
+            raise InputError("the model is not the module that was prepared, but one around or inside of it: harden that one")
         present = set(map(id, model.modules()))
         for name, uses in self.places.items():
             if not all(id(m) in present and parametrize.is_parametrized(m, a) for m, a in uses):
@@ -197,8 +199,6 @@ class SoftNetwork:
         soft = set(self.soft) | {name for name, of in self.template.aliases().items() if of in self.soft}
         known = set(modules.names_of(self.template.plan)) - soft
         found = set(self.plain_state()) - soft
-        if model is not self._module():
-            raise InputError("the model is not the module that was prepared, but one around or inside of it: harden that one")
         if known != found:
             names = ", ".join(sorted(known ^ found)[:3])
             raise InputError(f"the model has been changed since it was prepared: it differs in {names}")

@@ -16,7 +16,18 @@ from torch.nn.utils import parametrize
 
 from transquant import codec, modules
 from transquant.errors import InputError
-from transquant.records import BatchNormSpec, Plan, VectorSpec, WeightSpec
+from transquant.records import (
+    AliasEntry,
+    AliasSpec,
+    BatchNormEntry,
+    BatchNormSpec,
+    CodedEntry,
+    Plan,
+    RawEntry,
+    RawSpec,
+    VectorSpec,
+    WeightSpec,
+)
 from transquant.targets import parse_target
 from transquant.training.methods import method_of
 from transquant.training.network import Schedule, SoftNetwork, originals
@@ -59,13 +70,17 @@ def prepare(
 
     Raises InputError, TargetError."""
     chosen, own = method_of(method, options)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is a {type(model).__name__}, allowed is an nn.Module")
+    if start is not None and not isinstance(start, codec.CompressedModel):
+        raise InputError(f"start is a {type(start).__name__}, allowed is a CompressedModel, or None")
     if soft_network(model) is not None:
         raise InputError("the model is prepared already: harden it first, or take a fresh copy")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise InputError(f"steps is {steps!r}, allowed are integers from 0")
     plan = modules.apply_overrides(modules.plan_model(model), overrides)
     given = {"bits": bits, "size": size}
-    if not chosen.sized and (size is not None or bits is None or bits != int(bits) or not DEPTHS[0] <= bits <= DEPTHS[1]):
+    if not chosen.sized and (size is not None or bits not in range(DEPTHS[0], DEPTHS[1] + 1)):
         raise InputError(f"method {method!r} needs a depth: bits is {bits!r}, allowed are integers {DEPTHS[0]} to {DEPTHS[1]}")
     target = parse_target(plan, given)
     if start is None:
@@ -87,8 +102,7 @@ def attach(
     specs = {s.name: s for s in plan.specs if isinstance(s, WeightSpec) and s.module is not None}
     for name, spec in specs.items():
         entry = template.weights.get(name)
-        if entry is None or entry.entry.shape != spec.shape:
-            raise InputError(f"start is a file of another model: it has no weight {name!r} of shape {spec.shape}")
+        assert entry is not None
         if entry.entry.coding != "u":
             raise InputError("start was made with a trellis or with fixed-length codes: compress with trellis=False")
         if spec.rescaled:
@@ -101,6 +115,7 @@ def attach(
         # a module may have several names
         places[name] = list({(id(owners[path]), attribute): (owners[path], attribute) for path, attribute in uses}.values())
         for module, attribute in places[name]:
+            weight.to(getattr(module, attribute).device)
             parametrize.register_parametrization(module, attribute, weight)
         parameters = dict(originals(*places[name][0]))
         for module, attribute in places[name][1:]:  # one tensor before, one tensor after
@@ -109,6 +124,29 @@ def attach(
     take_vectors(model, plan, start.state_dict())
     price = Price(lagrangian(template.size(0)))
     return SoftNetwork(model, template, soft, places, target, price, Schedule(steps), method, seed)
+
+
+def _same_layout(plan: Plan, template: Template) -> None:
+    """Raises InputError where a template is not of a module of that plan."""
+    found = {entry.name: entry for entry in template.container.entries}
+    kinds = {
+        WeightSpec: CodedEntry,
+        VectorSpec: CodedEntry,
+        BatchNormSpec: BatchNormEntry,
+        RawSpec: RawEntry,
+        AliasSpec: AliasEntry,
+    }
+    for spec in plan.specs:
+        entry, shape, count = found.pop(spec.name, None), getattr(spec, "shape", None), getattr(spec, "channels", None)
+        if (
+            not isinstance(entry, kinds[type(spec)])
+            or getattr(entry, "shape", shape) != shape
+            or getattr(entry, "channels", count) != count
+        ):
+            size = "" if shape is None else f" of shape {shape}"
+            raise InputError(f"start is a file of another model or of other overrides: it has no such {spec.name!r}{size}")
+    if found:
+        raise InputError(f"start is a file of another model or of other overrides: it also has {next(iter(found))!r}")
 
 
 def _alone(module: nn.Module) -> None:
@@ -138,6 +176,7 @@ def take_vectors(model: nn.Module, plan: Plan, decoded: Mapping[str, Tensor]) ->
             elif isinstance(spec, BatchNormSpec):
                 scale, shift = decoded[spec.key("weight")].double(), decoded[spec.key("bias")].double()
                 deviation = (own[spec.key("running_var")].double() + spec.eps).sqrt()
+                scale, shift = scale.to(deviation.device), shift.to(deviation.device)
                 own[spec.key("weight")].copy_(scale * deviation)
                 own[spec.key("bias")].copy_(shift + own[spec.key("running_mean")].double() * scale)
 
@@ -162,6 +201,7 @@ def harden(model: nn.Module) -> codec.CompressedModel:
     for module in {id(m): m for uses in network.places.values() for m, _ in uses}.values():
         _alone(module)
     for (first, attribute), *others in network.places.values():
+        learns = originals(first, attribute)[0][1].requires_grad
         parametrize.remove_parametrizations(first, attribute)
         if attribute in first._buffers:  # torch's choice for what is fixed and was made of several parameters
             first.register_parameter(attribute, nn.Parameter(first._buffers.pop(attribute), learns))  # type: ignore[arg-type]
@@ -172,5 +212,3 @@ def harden(model: nn.Module) -> codec.CompressedModel:
     _in_order(model, network)
     modules.install(model, compressed.state_dict())
     return compressed
-        learns = originals(first, attribute)[0][1].requires_grad
-                scale, shift = scale.to(deviation.device), shift.to(deviation.device)

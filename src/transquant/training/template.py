@@ -16,6 +16,7 @@ from transquant import bitstream, modules
 from transquant.bitstream import Part
 from transquant.container import read_container
 from transquant.entropy.lanes import decode_planes, encode_planes
+from transquant.errors import InputError
 from transquant.grid import MAX_QP, steps
 from transquant.records import (
     AliasEntry,
@@ -30,8 +31,8 @@ from transquant.records import (
     Limits,
     Plan,
 )
-from transquant.weights import quarter_octaves
 from transquant.training.soft import DIVERGED
+from transquant.weights import quarter_octaves
 
 VECTOR_QUARTERS = 4  # quarter octaves
 
