@@ -141,6 +141,21 @@ def test_a_file_is_ternary_and_of_the_asked_size(digits, start):
     assert float((model(x).argmax(1) == y).float().mean()) > 0.8
 
 
+@pytest.mark.parametrize("hard", [0.5, 1.0])
+def test_a_layer_has_float_weights_and_later_centres(digits, start, hard):
+    model = pretrained()
+    network = training.prepare(model, bits=1.75, start=start, method="crq", steps=40, hard=hard)
+    model.train()
+    seen = []
+    for steps in (18, 22, 36):
+        train(model, network, digits[0], steps, network.step)
+        seen.append(len(torch.unique((1e4 * model.features[3].weight).round())))
+    assert seen[0] > 100
+    assert seen[1] == 3 if hard == 0.5 else seen[1] > 100
+    assert seen[2] == 3
+    assert network.originals("features.3.weight")[0].grad is None  # settled
+
+
 def test_training_goes_on_from_a_checkpoint_as_if_nothing_had_been(digits, start):
     files = []
     for stop in (None, 20, 56):  # before and after symbols settle
@@ -205,8 +220,29 @@ def test_sizes_fall_with_the_shift_also_of_settled_symbols(start):
         shares = [np.mean([np.mean(t.symbols == 0) for t in network.coded(s).values()]) for s in (0.0, 0.05, 0.3, 1.0, 4.0)]
         assert (np.diff(shares) > 0).all()
     network = training.prepare(pretrained(), bits=1.75, start=start, method="crq")
-    for name, tensor in network.coded(-0.45).items():
-        assert (tensor.symbols == 0).mean() < 0.02, name
+    zeros = [{n: np.mean(t.symbols == 0) for n, t in network.coded(s).items()} for s in (0.0, -0.1, -0.3, -0.45)]
+    for name, weight in network.soft.items():
+        if isinstance(weight, ClusteredWeight):  # never fewer than a third: files would become smaller again
+            assert zeros[0][name] > zeros[1][name] > zeros[2][name] > zeros[3][name] == pytest.approx(1 / 3, abs=2e-3)
+
+
+def test_a_file_too_small_is_filled_up_though_all_weights_have_gathered(start):
+    network = training.prepare(pretrained(), bits=1.75, start=start, method="crq")
+    with torch.no_grad():
+        for name, weight in network.soft.items():
+            if isinstance(weight, ClusteredWeight):
+                u, a = network.originals(name)
+                symbols = torch.from_numpy(network.coded(0.0)[name].symbols).reshape(u.shape)
+                u.mul_(0.1).add_((symbols * weight.scale(a) / weight.unit.mean()).reshape(u.shape))
+    size = len(network._file(network.coded(0.0)))
+    zeros = {n: np.mean(t.symbols == 0) for n, t in network.coded(0.0).items()}
+    target = 1.005 * size
+    shift = network.shift_for(target, 0.0025)
+    coded = network.coded(shift)
+    assert shift < 0
+    assert size < len(network._file(coded)) <= target
+    for name, tensor in coded.items():
+        assert np.mean(tensor.symbols == 0) == pytest.approx(zeros[name], abs=0.05)
 
 
 def test_kept_weights_are_those_that_are_named(start):
@@ -216,6 +252,7 @@ def test_kept_weights_are_those_that_are_named(start):
     for given, message in (
         ({"levels": 4}, "levels is 4, allowed are odd numbers from 3 to 31"),
         ({"strength": -1.0}, "strength is -1.0, allowed"),
+        ({"hard": 2}, "hard is 2, allowed"),
         ({"keep": "first"}, "keep is 'first', allowed is a list"),
         ({"keep": ("second",)}, "names of weights"),
     ):

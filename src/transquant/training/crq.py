@@ -22,7 +22,7 @@ from transquant.training.rounding import symbols_of, through
 from transquant.training.scaled import ScaledWeight, best_scale
 
 MARGIN = 0.17  # of the bin of zero, where a bit costs what it does at first
-NARROW = 40  # halvings of the bin of zero at a shift of −1: what has gathered round zero is very near to it
+FULL = -0.45  # shift at which there are as few zeros as there may be
 RAMP = 1e4  # of λ, from the first step until symbols settle
 STRENGTH = 0.3  # λ at the end, units of the loss
 HARD = 0.4  # share of the training
@@ -60,9 +60,20 @@ class ClusteredWeight(ScaledWeight):
     def decided(self, weight: Tensor, scale: Tensor, shift: float = 0.0) -> Tensor:
         """Of the centre nearest in units of its bits' price and its distance: the bin of zero is wider by `margin` + `shift`."""
         relative = weight / scale
-        border = 0.5 + self.margin(scale)
-        border = border + shift if shift > 0 else border * 2.0 ** (NARROW * shift)
+        border = 0.5 + self.margin(scale) + max(shift, 0.0)
+        if shift < 0:
+            border = border * self._narrowed(relative.abs() / border, shift)
         return torch.where(relative.abs() < border, 0.0, torch.sign(relative) * symbols_of(relative.abs()).clamp(1, self.high))
+
+    def _narrowed(self, size: Tensor, shift: float) -> Tensor:
+        """What the border of zero is multiplied by at a shift below 0, where `size` (O, n) is zero below 1. By rank, as what has
+        gathered is all in one place; at most until all symbols are as frequent: with fewer zeros files become smaller again."""
+        least = 1 / (self.high - self.low + 1)
+        share = float((size < 1).double().mean())
+        if share <= least:
+            return torch.ones_like(size[:1, :1])
+        wanted = share - (share - least) * min(shift / FULL, 1.0)
+        return size.flatten().kthvalue(max(round(wanted * size.numel()), 1)).values
 
     def reduced(self, weight: Tensor, shift: float) -> Tensor:
         """Settled symbols, those of the smallest weights zero: up to `shift` mean magnitudes above the smallest of all."""
