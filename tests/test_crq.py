@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
 
 import transquant as tq
+from training_loop import train
 from transquant import training
 from transquant.demo.network import DigitsNet, load_digits_split, pretrained
 from transquant.errors import InputError, TargetError
@@ -108,17 +108,6 @@ def test_what_is_written_decodes_to_what_the_network_had(digits, start, levels):
         assert (most == levels // 2) if isinstance(network.soft[name], ClusteredWeight) else (64 <= most <= 127)
     model.train()  # while it learns the layer sees the float weight
     torch.testing.assert_close(model.features[3].weight, pretrained().features[3].weight, rtol=1e-5, atol=1e-7)
-
-
-def train(model, network, split, steps, first=0, optimizer=None):
-    x, y = split
-    optimizer = optimizer or torch.optim.Adam(network.parameter_groups())
-    for step in range(first, steps):
-        batch = torch.randint(0, len(x), (64,), generator=torch.Generator().manual_seed(step))
-        optimizer.zero_grad()
-        (functional.cross_entropy(model(x[batch]), y[batch]) + network.penalty()).backward()
-        optimizer.step()
-    return optimizer
 
 
 def test_a_file_is_ternary_and_of_the_asked_size(digits, start):
@@ -276,5 +265,5 @@ def test_transforms_of_the_template_give_only_a_unit(digits):
         assert weight.tensor.entry == replace(weight.tensor.entry, transform="i", axis="", groups="")
         u = network.originals(name)[0]
         torch.testing.assert_close(u.detach() * weight.unit[0, 0], plain[name], rtol=1e-5, atol=1e-7)
-    sizes = [float(network.originals(n)[0].abs().mean()) for n in transformed]
+    sizes = [network.originals(n)[0].abs().mean().item() for n in transformed]
     assert 0.05 < min(sizes) < max(sizes) < 20

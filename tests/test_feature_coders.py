@@ -21,8 +21,7 @@ DCT = [
     DctMaskOptions(n, v, o)
     for n, v, o in [(8, "bytes", "given"), (4, "huffman", "clustered"), (16, "huffman", "given"), (32, "bytes", "clustered")]
 ]
-EVERY = [*PCA, *DCT]
-every_option = pytest.mark.parametrize("options", EVERY, ids=str)
+every_option = pytest.mark.parametrize("options", [*PCA, *DCT], ids=str)
 
 
 def relu(channels):
@@ -50,9 +49,8 @@ def maps(rng, samples, channels, height, width, rank=3):
 def again(coder):
     """The coder that its own state makes, by way of JSON."""
     text, arrays = coder.state()
-    module = pca if isinstance(coder, PcaCoder) else dct_masks
     assert all(isinstance(a, np.ndarray) for a in arrays.values())
-    return module.from_state(json.loads(json.dumps(text)), arrays)
+    return (pca if isinstance(coder, PcaCoder) else dct_masks).from_state(json.loads(json.dumps(text)), arrays)
 
 
 # both coders

@@ -76,7 +76,7 @@ def test_it_writes_a_file_and_says_where_its_bytes_went(train, tmp_path):
 
 
 def test_a_kept_folder_is_gone_on_from(train, tmp_path):
-    kept = CONFIG + 'keep = true\nwork = "parts"\n'
+    kept = CONFIG + 'keep_work = true\nwork = "parts"\n'
     assert train("-q", config=kept) == (0, "", "")
     first = (tmp_path / "net.tq").read_bytes()
     assert len(list((tmp_path / "parts").glob("step-*.safetensors"))) == 2

@@ -122,7 +122,7 @@ def test_divergence_is_said_before_anything_is_encoded(start, method, value):
             network.penalty()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float64])
 @pytest.mark.parametrize("method", METHODS)
 def test_other_dtypes_stay(dtype, method):
     model = net().to(dtype)
@@ -135,6 +135,27 @@ def test_other_dtypes_stay(dtype, method):
     step(model, network)
     state = training.harden(model).state_dict()
     assert all(p.dtype == dtype and torch.equal(p, state[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_refused_before_anything_is_done(dtype):
+    with pytest.raises(InputError, match="small steps are lost"):
+        training.prepare(net().to(dtype), bits=4, effort=1)
+
+
+def test_a_training_that_begins_above_its_size_ends_at_it():
+    model = net()
+    network = training.prepare(model, bits=3, effort=1, steps=40, begin=1.5)
+    size = 3 * sum(p.numel() for p in model.parameters()) / 8
+    network.look()
+    assert network.bytes > 1.2 * size
+    assert 1.4 * size < network.wanted() <= 1.5 * size
+    network.step = 20
+    assert network.wanted() <= size
+    assert len(training.harden(model).data) <= size
+    for begin, method, message in ((0.5, "transform", "allowed are numbers from 1"), (2.0, "lsq", "no size to begin above")):
+        with pytest.raises(InputError, match=message):
+            training.prepare(net(), bits=3, effort=1, method=method, begin=begin)
 
 
 def test_a_file_much_smaller_than_asked_is_a_warning(start, caplog):

@@ -50,6 +50,20 @@ class _Unusable(Exception):
     """Why a file is no part that can be used."""
 
 
+def make_folder(path: Path, mark: str | None = None) -> None:
+    """Make a folder where there is none, with an empty file in it that says so. Raises InputError for a path that is no folder,
+    OutputError where none can be made."""
+    if path.exists() and not path.is_dir():
+        raise InputError(f"work is {path}, which is no folder; allowed is a folder, or a path where one can be made")
+    try:
+        if not path.exists():
+            path.mkdir(parents=True, exist_ok=True)  # another process may be faster
+            if mark is not None:
+                (path / mark).touch()
+    except OSError as error:
+        raise OutputError(f"cannot make the work folder {path}: {error.strerror}") from None
+
+
 class WorkFolder:
     """`records` are the classes that parts may hold. `taken` and `computed` count parts by kind.
 
@@ -62,12 +76,8 @@ class WorkFolder:
         self.taken: Counter[str] = Counter()
         self.computed: Counter[str] = Counter()
         self._lock = Lock()
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"work is {self.path}, which is no folder; allowed is a folder, or a path where one can be made")
+        make_folder(self.path, MARK)
         try:
-            if not self.path.exists():
-                self.path.mkdir(parents=True)
-                (self.path / MARK).touch()
             self._free = MOST_BYTES - sum(p.stat().st_size for p in self.path.glob(f"*{SUFFIX}"))
         except OSError as error:
             raise OutputError(f"cannot make the work folder {self.path}: {error.strerror}") from None

@@ -41,7 +41,6 @@ from transquant.cli.options import (
     data_of,
     one_target,
     output_path,
-    work_folder,
 )
 from transquant.errors import InputError, OutputError
 
@@ -125,10 +124,11 @@ def train(
     from transquant.cli.scoring import compare, evaluator
     from transquant.training import fit
     from transquant.training.checkpoint import Checkpoints
+    from transquant.work import make_folder
 
     net, test = training.network(tables), training.test_data(tables)
     work = Path(tables["train"].get("work", f"{output}.work"))
-    work_folder(work)
+    make_folder(work)  # without a mark: it outlives the call, and goes when the file has been written
     score = None if test is None or test.labels is None else evaluator(test)
     with training.live_table(quiet or as_json) as (progress, watch):
         result = fit(
@@ -138,7 +138,7 @@ def train(
     if not leads():
         return
     result.compressed.save(output)
-    if not tables["train"].get("keep", False):
+    if not tables["train"].get("keep_work", False):
         Checkpoints(work).clear()
     scored = compare(net, result.compressed, test, True) if test is not None else {}
     if as_json:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from transquant.errors import InputError, OutputError
+from transquant.errors import InputError
 
 if TYPE_CHECKING:
     from transquant.cli.calibration import Data
@@ -74,16 +74,6 @@ def output_path(path: Path, force: bool, *inputs: str | Path | None) -> Path:
     if path.exists() and not force:
         raise InputError(f"{path} exists already; give --force to overwrite it")
     return path
-
-
-def work_folder(path: Path) -> None:
-    """Make a folder that outlives a call of the library: it goes when its result has been written. Raises OutputError."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise InputError(f"work is {path}, which is no folder; allowed is a folder, or a path where one can be made") from None
-    except OSError as error:
-        raise OutputError(f"cannot make the work folder {path}: {error.strerror}") from None
 
 
 def data_of(source: str | None, option: str, *how: Any) -> Data | None:

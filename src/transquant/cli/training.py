@@ -27,11 +27,11 @@ KEYS: dict[str, dict[str, tuple[type, ...]]] = {
     "model": {"model": TEXT, "weights": TEXT},
     "data": {"train": TEXT, "test": TEXT, **PICTURES},
     "train": {
-        "method": TEXT, "bits": NUMBER, "size": (int, str), "epochs": WHOLE, "batch": WHOLE, "rate": NUMBER,
+        "method": TEXT, "bits": NUMBER, "size": (int, str), "begin": NUMBER, "epochs": WHOLE, "batch": WHOLE, "rate": NUMBER,
         "vector_rate": NUMBER, "clip": NUMBER, "loss": TEXT, "augment": TEXT, "teacher": TEXT, "distill": NUMBER,
         "temperature": NUMBER, "patience": WHOLE, "autocast": TEXT, "micro_batches": WHOLE, "channels_last": FLAG,
         "calibration_samples": WHOLE, "transform": TEXT, "axis": TEXT, "exact": (list,), "effort": WHOLE, "seed": WHOLE,
-        "work": TEXT, "keep": FLAG,
+        "work": TEXT, "keep_work": FLAG,
     },
 }  # fmt: skip
 FUNCTIONS = ("loss", "augment")
@@ -103,7 +103,7 @@ def test_data(config: Mapping[str, Mapping[str, Any]]) -> Data | None:
 
 def arguments(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Arguments of `fit`. Raises InputError."""
-    given = {key: value for key, value in config["train"].items() if key not in ("exact", "work", "keep")}
+    given = {key: value for key, value in config["train"].items() if key not in ("exact", "work", "keep_work")}
     for key in FUNCTIONS:
         if key in given:
             given[key] = named(given[key], key)

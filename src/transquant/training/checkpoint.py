@@ -21,7 +21,7 @@ from torch import Tensor
 from transquant.container import write_file
 from transquant.errors import InputError, OutputError
 from transquant.fingerprint import fingerprint
-from transquant.work import MARK
+from transquant.work import MARK, make_folder
 
 FORMAT = "1"
 KEPT = 2  # a kill while the newest is written, or damage to it, costs what came after the one before
@@ -39,14 +39,7 @@ class Checkpoints:
 
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = Path(path)
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"work is {self.path}, which is no folder; allowed is a folder, or a path where one can be made")
-        try:
-            if not self.path.exists():
-                self.path.mkdir(parents=True)
-                (self.path / MARK).touch()
-        except OSError as error:
-            raise OutputError(f"cannot make the work folder {self.path}: {error.strerror}") from None
+        make_folder(self.path, MARK)
 
     def save(self, step: int, content: Mapping[str, Any]) -> None:
         """Keep a tree under the number of a step. A full disk is a warning, not an error."""

@@ -1,12 +1,11 @@
 """Cluster regularization (CRQ; Hu et al., arXiv 1902.10370), reconstructed from the abstract: all else here is our design.
 
-The network learns with its float weights while a term of the loss draws each to the nearest of −α, 0, α, little at first and at
-last so much that nothing is lost when the weights are replaced by what they have gathered round:
+A term of the loss draws each weight to the nearest of −α, 0, α, little at first and more and more until symbols settle:
 
     λ(t) · mean over the layer's weights of (r − k)²        r = w / α, k the nearest symbol, α the layer's least-squares one
 
-λ grows exponentially, RAMP-fold until symbols settle, so its end matters little: a factor of ten moves the same training by a
-quarter of the time. The price of bits moves the borders between them.
+λ grows exponentially, RAMP-fold. The layer sees its float weights at first, then the centres they are drawn to, with
+straight-through gradients. The price of a bit widens the cluster of zero.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class ClusteredWeight(ScaledWeight):
 
     def soft(self, weight: Tensor, a: Tensor) -> Tensor:
         """In training first the float weight, then its cluster's centre with the gradient of the weight; the centre else."""
-        if self.training and (self.hard > 0 and ("owner" not in self.__dict__ or self.owner.progress < self.hard)):
+        if self.training and ("owner" not in self.__dict__ or self.owner.progress < self.hard):
             return weight
         scale = self.scale(a).detach()
         return through(self.decided(weight, scale) * scale, weight)

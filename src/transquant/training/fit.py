@@ -41,6 +41,7 @@ def fit(
     method: str = "transform",
     bits: float | None = None,
     size: int | str | None = None,
+    begin: float = 1.0,
     epochs: int = 10,
     batch: int = 128,
     rate: float = RATE,
@@ -75,8 +76,8 @@ def fit(
     `data`: two tensors (inputs, labels), shuffled anew each epoch and cut into batches of `batch` (what does not fill the last
     is left for other epochs); or an iterable of batches (inputs, labels), or mappings with "labels", such as a DataLoader, that
     gives as many in each epoch; torch, numpy and random are seeded for it in each. `augment(inputs, labels, generator)` gives
-    back both, changed. `method`, `bits`, `size`, `start`, `transform`, `axis`, `overrides`, `forward`, `output`, `effort` and
-    `options` are those of `prepare`; it is calibrated on about `calibration_samples` of the inputs, without `augment`.
+    back both, changed. `method`, `bits`, `size`, `begin`, `start`, `transform`, `axis`, `overrides`, `forward`, `output`, `effort`
+    and `options` are those of `prepare`; it is calibrated on about `calibration_samples` of the inputs, without `augment`.
 
     Adam goes over the weights, in their steps, at `rate`, and over all else at `vector_rate` (None: a tenth of that), both along
     one cosine to zero; `clip`: the largest norm of the gradient. `loss(outputs, labels)`: a mean over samples, None: cross-entropy.
@@ -113,7 +114,7 @@ def fit(
         feed = Feed(data, batch, augment, seed)
         taught = _teacher(model, teacher)
         about: dict[str, Any] = {
-            "method": method, "bits": bits, "size": size, "transform": transform, "axis": axis,
+            "method": method, "bits": bits, "size": size, "begin": begin, "transform": transform, "axis": axis,
             "overrides": None if overrides is None else dict(overrides), "effort": effort, "options": options,
             "start": None if start is None else fingerprint(start.data).hex(), "calibration_samples": calibration_samples,
             "augment": _name(augment), "teacher": None if taught is None else _weights(taught),
@@ -129,8 +130,8 @@ def fit(
         twin = copy.deepcopy(model)
         network = prepare(
             twin, feed.calibration(calibration_samples) if start is None else None, method=method, bits=bits, size=size,
-            steps=epochs * feed.count, transform=transform, axis=axis, overrides=overrides, forward=forward, output=output,
-            effort=effort, seed=seed, start=start, progress=say, **options,
+            steps=epochs * feed.count, begin=begin, transform=transform, axis=axis, overrides=overrides, forward=forward,
+            output=output, effort=effort, seed=seed, start=start, progress=say, **options,
         )  # fmt: skip
         network.fate.kept = True  # nobody waits for the file of a training that fails, but who calls
         loop = Loop(twin, network, taught, feed, recipe, job, checkpoints, _both(say, watch))

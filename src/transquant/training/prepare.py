@@ -37,6 +37,8 @@ from transquant.training.template import Template
 from transquant.weights import lagrangian
 
 DEPTHS = 1, 8
+MOST_BEGIN = 4.0
+HALF = "float16", "bfloat16"
 
 
 def prepare(
@@ -47,6 +49,7 @@ def prepare(
     bits: float | None = None,
     size: int | str | None = None,
     steps: int = 0,
+    begin: float = 1.0,
     transform: str = "auto",
     axis: str | None = None,
     overrides: Mapping[str, Any] | None = None,
@@ -66,7 +69,9 @@ def prepare(
     are in steps: make the optimizer afterwards, best of `SoftNetwork.parameter_groups()`, and add `SoftNetwork.penalty()` to the
     loss at every step. `steps`: how many steps the training will take, for its schedule; 0: not known, everything stays as it
     begins. `method`: "transform", "diffq", "crq": `bits` (8 · bytes of the file / parameters) or `size` (bytes, or "64KB") is what
-    the file will take; "qat", "lsq": `bits` is the depth of a weight, 1 to 8. `options` of the methods: docs/training.md.
+    the file will take; "qat", "lsq": `bits` is the depth of a weight, 1 to 8. `begin`, 1 to 4: training starts at so many times
+    that size and is at it half-way; above 1 where training alone makes files smaller than asked. `options` of the methods:
+    docs/training.md.
 
     Raises InputError, TargetError."""
     chosen, own = method_of(method, options)
@@ -79,20 +84,28 @@ def prepare(
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
         raise InputError(f"steps is {steps!r}, allowed are integers from 0")
     plan = modules.apply_overrides(modules.plan_model(model), overrides)
+    _check_weights(plan)
     given = {"bits": bits, "size": size}
     if not chosen.sized and (size is not None or bits not in range(DEPTHS[0], DEPTHS[1] + 1)):
         raise InputError(f"method {method!r} needs a depth: bits is {bits!r}, allowed are integers {DEPTHS[0]} to {DEPTHS[1]}")
     target = parse_target(plan, given)
+    if isinstance(begin, bool) or not isinstance(begin, int | float) or not 1 <= begin <= MOST_BEGIN:
+        raise InputError(f"begin is {begin!r}, allowed are numbers from 1 to {MOST_BEGIN}")
+    if not chosen.sized and begin != 1:
+        raise InputError(f"begin is {begin}: method {method!r} has a depth and no size to begin above")
     if start is None:
+        wanted: dict[str, Any] = {"size": int(begin * target.value)} if chosen.sized else {"bits": bits}
         start = codec.compress(
-            model, calibration, bits=bits, size=size, trellis=False, transform=transform, axis=axis, overrides=overrides,
+            model, calibration, **wanted, trellis=False, transform=transform, axis=axis, overrides=overrides,
             forward=forward, output=output, effort=effort, seed=seed, progress=progress,
         )  # fmt: skip
-    return attach(model, plan, start, method, target.value if chosen.sized else None, steps, seed, bits or 0.0, own)
+    return attach(
+        model, plan, start, method, target.value if chosen.sized else None, Schedule(steps, begin), seed, bits or 0.0, own
+    )
 
 
 def attach(
-    model: nn.Module, plan: Plan, start: codec.CompressedModel, method: str, target: float | None, steps: int, seed: int,
+    model: nn.Module, plan: Plan, start: codec.CompressedModel, method: str, target: float | None, schedule: Schedule, seed: int,
     bits: float, options: Mapping[str, Any],
 ) -> SoftNetwork:  # fmt: skip
     """Soft weights for a template, and the network of them."""
@@ -100,13 +113,8 @@ def attach(
     _same_layout(plan, template)
     owners = dict(model.named_modules(remove_duplicate=False))
     specs = {s.name: s for s in plan.specs if isinstance(s, WeightSpec) and s.module is not None}
-    for name, spec in specs.items():
-        entry = template.weights.get(name)
-        assert entry is not None
-        if entry.entry.coding != "u":
-            raise InputError("start was made with a trellis or with fixed-length codes: compress with trellis=False")
-        if spec.rescaled:
-            raise InputError(f"weight {name!r} is parametrized already (weight or spectral norm): remove that before")
+    if any(template.weights[name].entry.coding != "u" for name in specs):
+        raise InputError("start was made with a trellis or with fixed-length codes: compress with trellis=False")
     soft = method_of(method, options)[0].soften(template, specs, bits, options)
     places: dict[str, list[tuple[nn.Module, str]]] = {}
     for name, weight in soft.items():
@@ -123,7 +131,16 @@ def attach(
                 module.parametrizations[attribute].register_parameter(key, parameter)  # type: ignore[index, union-attr]
     take_vectors(model, plan, start.state_dict())
     price = Price(lagrangian(template.size(0)))
-    return SoftNetwork(model, template, soft, places, target, price, Schedule(steps), method, seed)
+    return SoftNetwork(model, template, soft, places, target, price, schedule, method, seed)
+
+
+def _check_weights(plan: Plan) -> None:
+    """Raises InputError where a weight cannot learn as a soft one."""
+    for spec in plan.specs:
+        if isinstance(spec, WeightSpec) and spec.dtype in HALF:
+            raise InputError(f"weight {spec.name!r} is {spec.dtype}, in which small steps are lost: train model.float() instead")
+        if isinstance(spec, WeightSpec) and spec.rescaled:
+            raise InputError(f"weight {spec.name!r} is parametrized already (weight or spectral norm): remove that before")
 
 
 def _same_layout(plan: Plan, template: Template) -> None:

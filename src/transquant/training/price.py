@@ -11,7 +11,6 @@ from math import exp, log
 
 PROPORTIONAL, INTEGRAL = 12.0, 3.0  # e-folds of the price for a file e times too large, at once and a measurement
 RANGE = 9.0  # e-folds that the price may move up, and down
-GIVE = 0.1  # e-folds that the memory forgets of what goes beyond
 
 
 @dataclass(slots=True)

@@ -3,12 +3,13 @@
     weight ─ ÷ unit ─ parameter      α = base · e^a, a the second parameter, snapped to what the file can write
 
 The file has Δ on quarter octaves and rebuilds magnitude 1 as Δ·(1 − d₁/64), magnitudes k above as Δ·(k − d₂/64). With d₂ = 2·d₁
-the magnitudes 0, 1, 2 are a uniform grid. So α is met within 0.6 per cent for magnitudes up to 1, within 1.2 up to 2; larger
+the magnitudes 0, 1, 2 are a uniform grid. So α is met within 0.7 per cent for magnitudes up to 1, within 1.2 up to 2; larger
 grids take quarter octaves alone.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -68,17 +69,17 @@ class ScaledWeight(SoftWeight):
             found = self.soft(self.values(originals[0]), originals[1])
         return found.reshape(self.shape).to(originals[0].dtype)
 
+    @abstractmethod
     def soft(self, weight: Tensor, a: Tensor) -> Tensor:
         """The weight (O, n) that the layer uses, of one that learns."""
-        raise NotImplementedError
 
+    @abstractmethod
     def first_scale(self, weight: Tensor) -> Tensor:
         """The first α of a weight (O, n), float64."""
-        raise NotImplementedError
 
+    @abstractmethod
     def symbols(self, relative: Tensor) -> Tensor:
         """Nearest symbols, float (O, n), of values in units of α."""
-        raise NotImplementedError
 
     def decided(self, weight: Tensor, scale: Tensor, shift: float = 0.0) -> Tensor:
         """Symbols, float (O, n), of a weight (O, n) at α; more are zero with a larger `shift`."""

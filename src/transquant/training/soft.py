@@ -9,6 +9,7 @@ everywhere; so one learning rate fits them all.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 DIVERGED = "the training has diverged; a smaller rate or clipped gradients may help"
 
 
-class SoftWeight(nn.Module):
+class SoftWeight(nn.Module, ABC):
     """One weight's soft quantizer. Subclasses say how it is quantized, softly and for good.
 
     `tensor`: the weight in the template, (O, n); `step`: the file's global step. `owner`: the network it belongs to."""
@@ -51,25 +52,25 @@ class SoftWeight(nn.Module):
             weight: Tensor = super().__call__(*originals)
         return weight
 
+    @abstractmethod
     def forward(self, *originals: Tensor) -> Tensor:
         """The weight as the layer uses it, in its shape."""
-        raise NotImplementedError
 
+    @abstractmethod
     def bits(self, lengths: CodeLengths, *originals: Tensor) -> Tensor:
         """Estimated bits of the weight, a scalar with gradients."""
-        raise NotImplementedError
 
+    @abstractmethod
     def code(self, shift: float, *originals: Tensor) -> CodedTensor:
         """The weight as the file has it; a larger `shift` makes it smaller."""
-        raise NotImplementedError
 
     def loss(self, progress: float, *originals: Tensor) -> Tensor | None:
         """What the method adds to the loss but bits, at a share of the training; None for nothing."""
         return None
 
+    @abstractmethod
     def settle(self, shift: float, *originals: Tensor) -> None:
         """From now on the weight is what `code(shift)` says."""
-        raise NotImplementedError
 
     def generator(self) -> torch.Generator:
         """For noise: the same in all forward passes of a step, and in all processes."""

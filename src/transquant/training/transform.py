@@ -46,8 +46,7 @@ class TransformWeight(SoftWeight):
         scaled = coefficients / self.unit * torch.where(symbols < 0, -1.0, 1.0)
         near = torch.minimum(torch.maximum(scaled, inner), size + self.dead_zone - margin)
         start = (near * torch.where(symbols < 0, -1.0, 1.0)).reshape(self.shape).to(weight.dtype)
-        # integers of up to 16 bits: half precision has not all of them
-        return start if basis is None else (start, basis.to(torch.promote_types(weight.dtype, torch.float32)))
+        return start if basis is None else (start, basis.to(weight.dtype))
 
     def forward(self, *originals: Tensor) -> Tensor:
         """Rounded coefficients, synthesized; gradients as if nothing were rounded."""
@@ -77,13 +76,9 @@ class TransformWeight(SoftWeight):
         self.fixed = self._symbols(self.matrix(originals[0].detach()), shift)
 
     def _symbols(self, scaled: Tensor, shift: float) -> Tensor:
-        if self.fixed is not None:
-            return (
-                self.fixed
-                if shift == 0
-                else torch.where(scaled.abs() < self.dead_zone + shift, torch.zeros_like(scaled), self.fixed)
-            )
-        return symbols_of(scaled, self.dead_zone + shift)
+        if self.fixed is None:
+            return symbols_of(scaled, self.dead_zone + shift)
+        return self.fixed if shift == 0 else torch.where(scaled.abs() < self.dead_zone + shift, 0.0, self.fixed)
 
     def _matrix_of(self, basis: Tensor | None) -> Tensor:
         """Synthesis (r, r), in the integers of the file: their scales are part of the steps."""
