@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -13,6 +14,14 @@ from cli_model import MODEL
 from transquant.cli import main
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_prepared_is_left():
+    """Prepared models that tests give up are taken down, and said to be lost, before another module listens to the log."""
+    yield
+    if "transquant.training" in sys.modules:
+        gc.collect()
 
 
 class SmallNet(nn.Module):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import transquant as tq
 from cli_model import NET
 from conftest import make_net
+from transquant.cli.console import set_logging
 
 
 def test_the_whole_way(cli, tmp_path):
@@ -279,3 +282,24 @@ def test_a_reader_that_has_seen_enough(tmp_path):
     )
     assert done.returncode == 6
     assert "No space left" in done.stderr
+
+
+def test_the_log_goes_to_what_is_stderr_then(monkeypatch):
+    first, second = io.StringIO(), io.StringIO()
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    root.handlers = []  # none of them is closed by `force`
+    try:
+        monkeypatch.setattr(sys, "stderr", first)
+        set_logging(quiet=False, verbose=False)
+        logging.getLogger("transquant").warning("early")
+        first_text = first.getvalue()
+        first.close()
+        logging.getLogger("transquant").warning("nowhere to say it")
+        monkeypatch.setattr(sys, "stderr", second)
+        logging.getLogger("transquant").warning("late")
+    finally:
+        root.handlers = before
+        root.setLevel(level)
+    assert first_text == "WARNING: early\n"
+    assert second.getvalue() == "WARNING: late\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 
 import pytest
 import torch
@@ -19,13 +18,6 @@ METHODS = ("transform", "diffq", "crq", "lsq", "qat")
 def net(bias=True):
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(64, 100, bias=bias), nn.ReLU(), nn.Linear(100, 10, bias=bias))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def gone():
-    """What these tests give up is warned of now, and not in the logs of other tests."""
-    yield
-    gc.collect()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import typer
@@ -15,7 +15,17 @@ import typer
 def set_logging(quiet: bool, verbose: bool) -> None:
     """Log to stderr: warnings, with -v everything, with -q errors only."""
     level = logging.ERROR if quiet else logging.DEBUG if verbose else logging.WARNING
-    logging.basicConfig(stream=sys.stderr, level=level, format="%(levelname)s: %(message)s", force=True)
+    logging.basicConfig(handlers=[_Stderr()], level=level, format="%(levelname)s: %(message)s", force=True)
+
+
+class _Stderr(logging.Handler):
+    """Writes to what is stderr then: a stream handler keeps its stream, which may be closed when the last is said (a prepared
+    model that nobody hardened is only known when it is taken down)."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line; where there is nowhere to write, nothing."""
+        with suppress(OSError, ValueError):
+            print(self.format(record), file=sys.stderr)
 
 
 def print_json(value: Any) -> None:
