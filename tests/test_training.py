@@ -64,6 +64,20 @@ def test_training_ends_at_the_asked_size_and_hardening_gives_an_ordinary_model(d
     assert score(other) > score(plain)
 
 
+def test_weights_stay_what_they_were_when_all_steps_change(start):
+    model = pretrained()
+    network = training.prepare(model, bits=1.5, start=start)
+    before = {name: network.originals(name)[0] * weight.unit.reshape(-1)[0] for name, weight in network.soft.items()}
+    mantissa, exponent = network.template.container.step
+    network.rescale((mantissa // 2 + 1024, exponent))
+    for name, weight in network.soft.items():
+        torch.testing.assert_close(network.originals(name)[0] * weight.unit.reshape(-1)[0], before[name])
+    network.target = None  # as it is, however large
+    soft = model.features[0].weight.detach().clone()
+    compressed = training.harden(model)
+    torch.testing.assert_close(compressed.state_dict()["features.0.weight"], soft, rtol=1e-5, atol=1e-7)
+
+
 class Tied(nn.Module):
     """A small language model whose decoder is its embedding, with a recurrent layer between."""
 

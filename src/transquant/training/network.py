@@ -12,6 +12,7 @@ import logging
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import exp
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.nn.utils import parametrize
 
 from transquant import modules
 from transquant.errors import InputError, TargetError
+from transquant.grid import global_step
 from transquant.records import CodedTensor
 from transquant.training.code_length import CodeLengths
 from transquant.training.price import Price
@@ -126,6 +128,18 @@ class SoftNetwork:
         self.bytes = len(self._file(coded))
         if self.target is not None and not self.settled:
             self.price.measure(self.bytes, self.wanted())
+            self._turn()
+
+    def _turn(self) -> None:
+        """Steps become finer where bits have become too cheap."""
+        if all(weight.follows for weight in self.soft.values()) and (change := self.price.turn()):
+            self.rescale(global_step(self.template.size(0) * exp(change)))
+
+    def rescale(self, step: tuple[int, int]) -> None:
+        """All steps of the file go with its global step; weights stay what they were, but for rounding."""
+        self.template = self.template.stepped(step)
+        for name, weight in self.soft.items():
+            weight.rescale(step, *self.originals(name))
 
     def settle(self) -> None:
         """Symbols stay as they are at the asked size."""
@@ -218,13 +232,16 @@ class SoftNetwork:
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs beside the module's and the optimizer's: numbers, and tensors by name."""
         numbers = {"step": self.step, "settled": self.settled, "memory": self.price.memory, "error": self.price.error}
-        return {**numbers, "bytes": self.bytes, "lengths": self.lengths.state()}
+        return {**numbers, "bytes": self.bytes, "global_step": self.template.container.step, "lengths": self.lengths.state()}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """The mirror of `state`; before the module's own state dict is loaded."""
         self.step, self.settled, self.bytes = int(state["step"]), bool(state["settled"]), int(state["bytes"])
         self.price.memory, self.price.error = float(state["memory"]), float(state["error"])
         self.lengths.load(state["lengths"])
+        mantissa, exponent = map(int, state["global_step"])
+        if (mantissa, exponent) != self.template.container.step:
+            self.rescale((mantissa, exponent))
         if self.settled:
             for name, weight in self.soft.items():
                 weight.settle(0.0, *self.originals(name))

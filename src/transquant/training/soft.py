@@ -36,6 +36,7 @@ class SoftWeight(nn.Module, ABC):
 
     owner: SoftNetwork
     soft_weight = True  # by which other rooms know a prepared model
+    follows = False  # whether `rescale` can follow the file's global step
     rates: tuple[float | None, ...] = (None, None)  # Adam's, of each parameter; None: that of weights
     fixed: Tensor | None  # symbols (O, n), float, once they are settled
     unit: Tensor  # (O, n) or what broadcasts to it: what 1 of the parameter is in the weight (in its coefficients)
@@ -71,6 +72,13 @@ class SoftWeight(nn.Module, ABC):
     @abstractmethod
     def settle(self, shift: float, *originals: Tensor) -> None:
         """From now on the weight is what `code(shift)` says."""
+
+    def rescale(self, step: tuple[int, int], *originals: Tensor) -> None:
+        """The file has another global step: the parameter becomes what it was in the new steps."""
+        before = self.unit
+        self.unit = torch.from_numpy(step_sizes(self.tensor, step)).to(before)
+        with torch.no_grad():
+            originals[0].copy_((self.matrix(originals[0]) * (before / self.unit)).reshape(self.shape))
 
     def generator(self) -> torch.Generator:
         """For noise: the same in all forward passes of a step, and in all processes."""

@@ -100,6 +100,10 @@ class Template:
         """The step of an index."""
         return float(steps(self.container.step, np.array([[qp]]))[0, 0])
 
+    def stepped(self, step: tuple[int, int]) -> Template:
+        """The same with another global step."""
+        return replace(self, container=replace(self.container, step=step))
+
     def aliases(self) -> dict[str, str]:
         """Second names of tensors, and whose."""
         return {e.name: e.of for e in self.container.entries if isinstance(e, AliasEntry)}

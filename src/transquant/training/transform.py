@@ -19,11 +19,16 @@ from transquant.training.soft import SoftWeight, integers
 from transquant.transforms.exact import dct_basis
 from transquant.transforms.layout import Layout
 
+# Steps from a border that parameters begin. The closed loop's errors make up for each other, which one step of Adam would undo
+# if all that the loop has rounded the other way lay at a border.
+INSIDE = 0.3
+
 
 class TransformWeight(SoftWeight):
     """Parameters: coefficients in steps, in the weight's shape; and the basis, (r, r) in its integers, where one is sent."""
 
     basis: Tensor
+    follows = True
 
     def __init__(self, tensor: CodedTensor, step: tuple[int, int]) -> None:
         super().__init__(tensor, step)
@@ -32,7 +37,7 @@ class TransformWeight(SoftWeight):
             self.register_buffer("basis", torch.from_numpy(dct_basis(tensor.entry.shape[2:])).float(), persistent=False)
 
     def right_inverse(self, weight: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Parameters whose symbols are the template's and which are as near to the float weight as that allows."""
+        """Parameters whose symbols are the template's, near to the float weight, but not near to a border."""
         symbols = torch.from_numpy(self.tensor.symbols).float().to(weight.device)
         coefficients = self.matrix(weight.detach().float())
         basis = None
@@ -40,11 +45,10 @@ class TransformWeight(SoftWeight):
             basis = torch.from_numpy(self.tensor.basis).float().to(weight.device)
         if self.tensor.entry.transform != "i":
             coefficients = self._analysis(coefficients, basis)
-        size, low = symbols.abs(), 1 - self.dead_zone
-        margin = 1e-3
-        inner = torch.where(size > 0, size - low + margin, -self.dead_zone + margin)
+        size, low, inside = symbols.abs(), 1 - self.dead_zone, min(INSIDE, self.dead_zone / 2)
+        inner = torch.where(size > 0, size - low + inside, inside - self.dead_zone)
         scaled = coefficients / self.unit * torch.where(symbols < 0, -1.0, 1.0)
-        near = torch.minimum(torch.maximum(scaled, inner), size + self.dead_zone - margin)
+        near = torch.minimum(torch.maximum(scaled, inner), size + self.dead_zone - inside)
         start = (near * torch.where(symbols < 0, -1.0, 1.0)).reshape(self.shape).to(weight.dtype)
         return start if basis is None else (start, basis.to(weight.dtype))
 
