@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import networks
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
 
+import networks
 from transquant import pruning
 from transquant.channels import Slice
 from transquant.errors import InputError, NotFollowed

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import networks
 import pytest
 import torch
 from torch import nn
 
+import networks
 from transquant import codec, modules, pruning
 from transquant.errors import InputError
 from transquant.stats import collect
