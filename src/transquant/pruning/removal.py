@@ -59,8 +59,10 @@ def removed(model: M, groups: Iterable[ChannelGroup], kept: Kept) -> M:
 
 def fit(model: nn.Module, steps: Sequence[KeptChannels], shapes: Shapes) -> None:
     """Remove channels in place, where that, and nothing less, gives a model the `shapes` of a file's tensors; a model that has
-    them already stays as it is, as does one that they do not fit. Raises InputError, before anything is changed, where the
-    channels are in layers that cannot lose any."""
+    them already stays as it is, as does one that they do not fit. Steps that a model is marked with are behind it. Raises
+    InputError, before anything is changed, where the channels are in layers that cannot lose any."""
+    done = steps_of(model)
+    steps = steps[len(done) :] if tuple(steps[: len(done)]) == done else steps
     state = model.state_dict(keep_vars=True)
     own = {key: tuple(tensor.shape) for key, tensor in state.items()}
     after = shapes_after(steps, own)
