@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -153,6 +154,7 @@ def test_a_model_that_was_changed_after_pruning(small):
     assert read_container(tq.compress(other, step=0.1, effort=1).data).kept == ()
 
 
+@pytest.mark.slow
 def test_onnx_of_the_original_class(compressed, images, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -277,3 +279,31 @@ def test_mutants_of_a_list_are_read_or_refused(compressed):
         shapes = {s.key for step in container.kept for s in step.slices}
         assert shapes <= {k for e in container.entries for k in (e.name, *(f"{e.name}.{v}" for v in ("weight", "bias", "running_mean", "running_var")))}  # fmt: skip
     assert seen >= {"read", "CorruptFile", "UnsupportedVersion"}
+
+
+GOLDEN = [  # two steps, and a third from what they had left; starts are those that the steps before have left
+    [6, "b4", [[0], [1], [4], [5, 0, 0, 2], [6, 1, 0, 8]]],
+    [5, "68", [[2], [3], [4, 0, 4], [5, 0, 8, 2], [6, 1, 32, 8]]],
+    [3, "a", [[2], [3], [4, 0, 4], [5, 0, 8, 2], [6, 1, 32, 8]]],
+]
+
+
+def test_the_golden_file():
+    """Read for ever as it was written: the list, and a module of the original class that loses its channels."""
+
+    class Pruned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right, self.norm = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(1, 5, 1), nn.BatchNorm2d(11)
+            self.deep, self.head = nn.Conv2d(11, 22, 3, groups=11, bias=False), nn.Linear(22 * 4, 3)
+
+        def forward(self, x):
+            x = self.norm(torch.cat([torch.relu(self.left(x)), torch.relu(self.right(x))], 1))
+            return self.head(torch.relu(self.deep(x)).flatten(1))
+
+    golden = tq.load(Path(__file__).resolve().parent / "golden" / "version1_kept.tq")
+    assert list_of(golden.data) == GOLDEN
+    net = golden.install(Pruned().eval())
+    assert (net.left.out_channels, net.right.out_channels, net.deep.groups, net.head.in_features) == (4, 2, 6, 48)
+    assert net(torch.ones(2, 1, 4, 4)).shape == (2, 3)
+    assert golden.report.kept_channels == (6, 11)
