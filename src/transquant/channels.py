@@ -70,11 +70,12 @@ def shapes_before(steps: Sequence[KeptChannels], shapes: Shapes) -> dict[str, li
     tensors can have become these."""
     before: dict[str, list[int]] = {}
     for step in reversed(steps):
+        removed = step.removed  # once: a mask may be long, and have many places
         for part in reversed(step.slices):
             if part.key not in shapes or part.axis >= len(shapes[part.key]):
                 return f"there is no axis {part.axis} of a tensor {part.key!r}"
             shape = before.setdefault(part.key, list(shapes[part.key]))
-            shape[part.axis] += step.removed * part.span
+            shape[part.axis] += removed * part.span
             if not part.start + step.channels * part.span <= shape[part.axis] <= MAX_SIZE:
                 return f"{step.channels} channels of {part.span} indices from {part.start} on are not in {part.key!r}"
     return before
@@ -84,11 +85,12 @@ def shapes_after(steps: Sequence[KeptChannels], shapes: Shapes) -> dict[str, lis
     """Shapes of the tensors that steps make smaller, after them, from those of all as they are; None where they do not fit."""
     after: dict[str, list[int]] = {}
     for step in steps:
+        removed = step.removed
         for part in step.slices:
             shape = after.setdefault(part.key, list(shapes.get(part.key, ())))
             if part.axis >= len(shape) or part.start + step.channels * part.span > shape[part.axis]:
                 return None
-            shape[part.axis] -= step.removed * part.span
+            shape[part.axis] -= removed * part.span
     return after
 
 
