@@ -14,8 +14,8 @@ import transquant as tq
 from mutators import mutant
 from test_removal import Stream, chosen, images_of, randomised
 from tqfile import split
-from transquant import inference, pruning, reader
-from transquant.channels import MARK, KeptChannels, Slice, mask_of, shapes_after, shapes_before
+from transquant import inference, pruning, reader, training
+from transquant.channels import MARK, KeptChannels, Slice, mask_of, shapes_after, shapes_before, steps_of
 from transquant.container import read_container
 from transquant.errors import CorruptFile, FileError, InputError
 
@@ -152,6 +152,14 @@ def test_a_model_that_was_changed_after_pruning(small):
         tq.compress(other, step=0.1, effort=1)
     del other.__dict__[MARK]
     assert read_container(tq.compress(other, step=0.1, effort=1).data).kept == ()
+
+
+def test_training_keeps_the_list(small, images):
+    other = copy.deepcopy(small)
+    training.prepare(other, bits=6.0)
+    hardened = training.harden(other)
+    assert read_container(hardened.data).kept == steps_of(small)
+    assert far(other, hardened.install(original()), images) < 1e-5
 
 
 @pytest.mark.slow
