@@ -290,9 +290,9 @@ def test_mutants_of_a_list_are_read_or_refused(compressed):
 
 
 GOLDEN = [  # two steps, and a third from what they had left; starts are those that the steps before have left
-    [6, "b4", [[0], [1], [4], [5, 0, 0, 2], [6, 1, 0, 8]]],
-    [5, "68", [[2], [3], [4, 0, 4], [5, 0, 8, 2], [6, 1, 32, 8]]],
-    [3, "a", [[2], [3], [4, 0, 4], [5, 0, 8, 2], [6, 1, 32, 8]]],
+    [6, "b4", [[1], [2], [5], [6, 0, 0, 2], [7, 1, 0, 8]]],
+    [5, "68", [[3], [4], [5, 0, 4], [6, 0, 8, 2], [7, 1, 32, 8]]],
+    [3, "a", [[3], [4], [5, 0, 4], [6, 0, 8, 2], [7, 1, 32, 8]]],
 ]
 
 
@@ -304,6 +304,7 @@ def test_the_golden_file():
             super().__init__()
             self.left, self.right, self.norm = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(1, 5, 1), nn.BatchNorm2d(11)
             self.deep, self.head = nn.Conv2d(11, 22, 3, groups=11, bias=False), nn.Linear(22 * 4, 3)
+            self.register_buffer("table", torch.zeros(5, dtype=torch.int64))
 
         def forward(self, x):
             x = self.norm(torch.cat([torch.relu(self.left(x)), torch.relu(self.right(x))], 1))
