@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import transquant as tq
-from transquant import training
+from transquant import codec, training
 from transquant.errors import InputError
 
 METHODS = ("transform", "diffq", "crq", "lsq", "qat")
@@ -186,3 +186,18 @@ def test_starts_of_other_models(start):
         training.prepare(net(), bits=4, start=tq.compress(net(bias=False), bits=4, trellis=False, effort=1))
     with pytest.raises(InputError, match=r"no such '0.bias'"):
         training.prepare(net(), bits=4, start=tq.compress(net().state_dict(), bits=4, trellis=False, effort=1))
+
+
+@pytest.mark.parametrize("method", ["qat", "lsq"])
+def test_a_depth_is_no_size_even_where_the_header_is_most_of_the_file(method):
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    batches = iter([torch.randn(32, 6) for _ in range(2)])
+    training.prepare(model, batches, method=method, bits=2, effort=1)
+    assert training.harden(model).report.bits_per_parameter > 2
+
+
+def test_what_a_start_says_of_activations_is_in_the_file_of_the_training():
+    model = net()
+    start = tq.compress(model, [torch.randn(64, 64)], bits=4, activations=4, trellis=False, effort=1)
+    training.prepare(model, bits=4, start=start)
+    assert training.harden(model).report.activations == codec.load_bytes(start.data).report.activations

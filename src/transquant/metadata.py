@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from math import isfinite, log2
 
+ACTIVATIONS = "activations"  # key
 _FIRST, _LAST = ord("!"), ord("~")
 
 
@@ -21,13 +22,13 @@ def write_distortions(metric: str, distortions: Mapping[str, float]) -> dict[str
 
 def write_activations(mean_bits: float, predicted: float) -> dict[str, str]:
     """Mean bits a value of inputs that are quantized, and the predicted distortion of that."""
-    return {"activations": f"{mean_bits:.4g} {predicted:.3g}"}
+    return {ACTIVATIONS: f"{mean_bits:.4g} {predicted:.3g}"}
 
 
 def read_activations(metadata: Mapping[str, str]) -> tuple[float, float] | None:
     """(mean bits, predicted distortion), or None."""
     with suppress(ValueError):
-        bits, predicted = map(float, metadata.get("activations", "").split(" "))
+        bits, predicted = map(float, metadata.get(ACTIVATIONS, "").split(" "))
         if isfinite(bits) and isfinite(predicted):
             return bits, predicted
     return None

@@ -7,7 +7,7 @@ model ─ SoftNetwork.file ─ CompressedModel, and the model with the weights t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from transquant import codec, modules
-from transquant.errors import InputError
+from transquant.errors import InputError, TargetError
 from transquant.records import (
     AliasEntry,
     AliasSpec,
@@ -38,6 +38,7 @@ from transquant.weights import lagrangian
 
 DEPTHS = 1, 8
 MOST_BEGIN = 4.0
+DISTORTION = 1e-3  # of the start of a depth, in units of the metric, where its file cannot have that many bits
 HALF = "float16", "bfloat16"
 
 
@@ -94,11 +95,15 @@ def prepare(
     if not chosen.sized and begin != 1:
         raise InputError(f"begin is {begin}: method {method!r} has a depth and no size to begin above")
     if start is None:
-        wanted: dict[str, Any] = {"size": int(begin * target.value)} if chosen.sized else {"bits": bits}
-        start = codec.compress(
-            model, calibration, **wanted, trellis=False, transform=transform, axis=axis, overrides=overrides,
-            forward=forward, output=output, effort=effort, seed=seed, progress=progress,
-        )  # fmt: skip
+        # a file of a depth is only a start, and has other things to hold than weights: those of a tiny network may be most of it
+        wanted: list[dict[str, Any]] = (
+            [{"size": int(begin * target.value)}] if chosen.sized else [{"bits": bits}, {"distortion": DISTORTION}]
+        )
+        options_of_start = {
+            "trellis": False, "transform": transform, "axis": axis, "overrides": overrides, "forward": forward, "output": output,
+            "effort": effort, "seed": seed, "progress": progress,
+        }  # fmt: skip
+        start = _first_that_fits(model, calibration, wanted, options_of_start)
     return attach(
         model, plan, start, method, target.value if chosen.sized else None, Schedule(steps, begin), seed, bits or 0.0, own
     )
@@ -132,6 +137,19 @@ def attach(
     take_vectors(model, plan, start.state_dict())
     price = Price(lagrangian(template.size(0)))
     return SoftNetwork(model, template, soft, places, target, price, schedule, method, seed)
+
+
+def _first_that_fits(
+    model: nn.Module, calibration: Iterable[Any] | None, targets: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
+) -> codec.CompressedModel:
+    """The file of the first target that can be reached. Raises TargetError where none can."""
+    calibration = list(calibration) if isinstance(calibration, Iterator) else calibration
+    for target in targets[:-1]:
+        try:
+            return codec.compress(model, calibration, **target, **options)
+        except TargetError:
+            continue
+    return codec.compress(model, calibration, **targets[-1], **options)
 
 
 def _check_weights(plan: Plan) -> None:

@@ -18,6 +18,7 @@ from transquant.container import read_container
 from transquant.entropy.lanes import decode_planes, encode_planes
 from transquant.errors import InputError
 from transquant.grid import MAX_QP, steps
+from transquant.metadata import ACTIVATIONS
 from transquant.records import (
     AliasEntry,
     BatchNormEntry,
@@ -63,9 +64,11 @@ class Template:
         """The file of these weights, and of the vectors and raw tensors of a state dict with the template's steps."""
         values, raw = modules.gather(self.plan, state)
         parts = self._parts(weights, values, state)
+        told = {key: text for key, text in self.container.metadata.items() if key == ACTIVATIONS}  # which stays true
+        told |= metadata
         coder = next((s.kind for s in self.container.sections if s.kind not in "pr"), "m")
         done = bitstream.encode(
-            self.container.step, parts, raw, lambda jobs: (encode_planes(*job) for job in jobs), coder, lambda: metadata,  # type: ignore[arg-type]
+            self.container.step, parts, raw, lambda jobs: (encode_planes(*job) for job in jobs), coder, lambda: told,  # type: ignore[arg-type]
             self.container.kept,
         )  # fmt: skip
         return done.data
