@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "transquant"
 ROOMS = {p.name for p in PACKAGE.iterdir() if (p / "__init__.py").exists()}
 # what any room may use: records, errors and the helpers that know nothing of the domain
-COMMON = {"records", "errors", "workers", "memory", "fingerprint", "grid", "trellis_code"}
+COMMON = {"records", "errors", "workers", "memory", "fingerprint", "grid", "trellis_code", "channels", "copying"}
 # composed of rooms, above them: these may import any room, and no other room may import them
 COMPOSERS = {"cli", "demo", "features", "integrations", "training"}
 
@@ -51,7 +51,7 @@ def test_rooms_do_not_import_each_other():
 
 def test_numpy_alone_where_it_is_promised():
     """The reader's path imports no torch and no numba; allocation and the container neither."""
-    for name in ("reader.py", "grid.py", "trellis_code.py", "bitstream.py", "records.py", "errors.py", "entropy/portable.py", "entropy/tables.py",
+    for name in ("reader.py", "grid.py", "trellis_code.py", "bitstream.py", "records.py", "channels.py", "errors.py", "entropy/portable.py", "entropy/tables.py",
                  "packing.py", "transforms/__init__.py", "transforms/layout.py", "transforms/exact.py", "transforms/fit.py"):  # fmt: skip
         assert not outside(PACKAGE / name) - {"numpy"}, name
     for room in ("allocation", "container"):

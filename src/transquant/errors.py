@@ -2,6 +2,7 @@
 
 TransquantError              exit code
 ├── InputError               2   bad arguments, models, calibration data, paths
+│   └── NotFollowed              a network whose graph cannot be traced
 ├── TargetError              3   a target that cannot be reached; says what can
 ├── FileError                4   what bad files raise
 │   ├── CorruptFile
@@ -24,6 +25,10 @@ class InputError(TransquantError, ValueError):
     """An argument, model, calibration set or path that cannot be used: says what was given and what is allowed."""
 
     exit_code = 2
+
+
+class NotFollowed(InputError):
+    """A network whose channels cannot be followed from layer to layer: says where that ended."""
 
 
 class TargetError(TransquantError, ValueError):

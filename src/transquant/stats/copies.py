@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from queue import SimpleQueue
@@ -10,7 +9,7 @@ from queue import SimpleQueue
 import torch
 from torch import Tensor, nn
 
-from transquant.errors import InputError
+from transquant.copying import deep_copy
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -61,15 +60,7 @@ def rounded(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str
 
 def copy_model(model: nn.Module) -> nn.Module:
     """A deep copy in eval mode whose floating parameters take gradients. Raises InputError where it cannot be copied."""
-    # what hooks compute before each call (weight norm before there were parametrizations) has a history, which deepcopy refuses
-    computed = {
-        id(t): t.detach().clone() for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf
-    }
-    try:
-        twin = copy.deepcopy(model, computed)
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise InputError(f"the model cannot be copied ({reason}); transquant works on a copy, never on your model") from error
+    twin = deep_copy(model)
     twin.eval()
     for parameter in twin.parameters():
         parameter.grad = None
