@@ -17,7 +17,8 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from transquant.pruning import ChannelGroup, Slice
+from transquant.channels import Slice
+from transquant.pruning import ChannelGroup
 from transquant.quantizers.metric import regularise
 from transquant.records import FloatArray, LayerStats
 

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
 
 import numpy as np
 
-from transquant.pruning import ChannelGroup
 from transquant.searching.candidates import Removal
 from transquant.searching.policy import Policy, Space, row_depths
 from transquant.searching.tables import RowTable

@@ -39,6 +39,16 @@ class Reference:
         mean = total / max(count, 1)
         return mean if mean == mean else float("inf")
 
+    def compared(self, other: nn.Module) -> float:
+        """Mean distance of the outputs of another network, in units of the metric; not finite outputs count as infinitely far."""
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for batch, expected in zip(self.batches, self._outputs, strict=True):
+                part, number = distance(expected, self.run(other, batch).float().cpu(), self.metric)
+                total, count = total + part, count + number
+        mean = total / max(count, 1)
+        return mean if mean == mean else float("inf")
+
     def _distance(self, number: int) -> tuple[float, int]:
         return distance(self._outputs[number], self._output(self.batches[number]), self.metric)
 

@@ -33,7 +33,7 @@ class Ddpg:
             from stable_baselines3 import DDPG
             from stable_baselines3.common.logger import Logger
         except ImportError as error:
-            raise MissingDependency(f'method \'ddpg\' needs {error.name}: pip install "transquant[search]"') from None
+            raise MissingDependency(f"method 'ddpg' needs {error.name}: pip install \"transquant[search]\"") from None
         self._walk = Walk(predictor)
         self._warm_up = min(WARM_UP, max(episodes // 5, 1))
         self._random = np.random.default_rng(seed)

@@ -39,6 +39,6 @@ def _sampler(optuna: Any, space: Space, method: str, seed: int) -> Any:
     try:
         import cmaes  # noqa: F401
     except ImportError:
-        raise MissingDependency('method \'cma-es\' needs cmaes: pip install "transquant[search]"') from None
+        raise MissingDependency("method 'cma-es' needs cmaes: pip install \"transquant[search]\"") from None
     middle = {f"x{k}": LIGHT if k < len(space.groups) else 0.5 for k in range(space.size)}
     return optuna.samplers.CmaEsSampler(x0=middle, sigma0=0.25, seed=seed)
