@@ -9,10 +9,8 @@ are tried for real; what is measured decides among the best.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterable
 from copy import deepcopy
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -32,10 +30,11 @@ from transquant.inference.cost import measure
 from transquant.searching.budget import Budget
 from transquant.searching.candidates import CRITERIA
 from transquant.searching.episodes import Episode, Record
+from transquant.searching.hunt import Hunt, Progress
 from transquant.searching.policy import MOST, Policy
 from transquant.searching.prediction import Predictor
 from transquant.searching.result import SearchResult, Summary
-from transquant.searching.searchers import METHODS, searcher
+from transquant.searching.searchers import METHODS
 from transquant.searching.survey import groups_of, survey, usable
 from transquant.searching.trial import Trials
 from transquant.targets import parse_target
@@ -45,10 +44,7 @@ _log = logging.getLogger("transquant")
 
 ANCHORS = (3.0, 7.0)  # mean bits of the files that predictions are fitted to
 CHECK_EVERY = 100  # episodes between two real evaluations of the best so far
-FINALISTS = 4  # policies that are tried for real at the end
 LATENCY_RUNS = 20
-
-Progress = Callable[[str, int, int], None]
 
 
 def search(
@@ -126,7 +122,7 @@ def search(
         budget.check(predictor)
         known = fingerprint(plan, model.state_dict(), batches, most, macs, fixed, method, criterion, metric, seed, len(METHODS))
         record = Record(work, known.hex())
-        hunt = _Hunt(predictor, budget, trials, record, say, watch)
+        hunt = Hunt(predictor, budget, trials, record, say, watch)
         hunt.walk(method, episodes, check_every, seed)
         chosen = hunt.choose()
         network = trials.network(trials.kept(predictor, chosen.policy))
@@ -147,62 +143,6 @@ def search(
     _log.info("%s", report)
     ordered = [record.known[k] for k in range(episodes)]
     return SearchResult(small, compressed, chosen.policy, ordered, report, network, predictor.space.groups, not physical)
-
-
-class _Hunt:
-    """Episodes, and what is tried for real."""
-
-    def __init__(
-        self, predictor: Predictor, budget: Budget, trials: Trials, record: Record, say: Progress,
-        watch: Callable[[Episode], None] | None,
-    ) -> None:  # fmt: skip
-        self.predictor, self.budget, self.trials, self.record = predictor, budget, trials, record
-        self.say, self.watch = say, watch
-        self.best: Episode | None = None
-
-    def walk(self, method: str, episodes: int, check_every: int, seed: int) -> None:
-        """All episodes; those that are on record are replayed. Raises InputError where the record is another search's."""
-        agent = searcher(method, self.predictor, self.budget, episodes, seed)
-        for number in range(episodes):
-            start = time.perf_counter()
-            policy, costs = self.budget.enforced(self.predictor, agent.propose())
-            agent.observe(policy, costs.reward)
-            known = self.record.known.get(number)
-            if known is not None and known.policy != policy:
-                raise InputError("the record of episodes is not this search's: delete it, or give another folder")
-            episode = known or Episode(number, policy, costs, time.perf_counter() - start)
-            if known is None:
-                self.record.add(episode)
-            if self.best is None or episode.reward > self.best.reward:
-                self.best = episode
-            if (number + 1) % check_every == 0 and number + 1 < episodes:
-                self.best = self.tried(self.best)
-            if self.watch:
-                self.watch(episode)
-            self.say("episodes", number + 1, episodes)
-
-    def tried(self, episode: Episode) -> Episode:
-        """The episode with what was measured, which goes on record."""
-        if episode.measured is None:
-            most = None if self.predictor.space.fixed else self.budget.bytes
-            found = self.trials.measured(self.predictor, episode.policy, most)
-            episode = replace(episode, measured=found)
-            self.record.add(episode)
-            gap = f"{episode.costs.bytes:.0f} bytes and distortion {episode.costs.distortion:.4g} predicted"
-            _log.info("episode %d: %s, %d bytes and value %.5g measured", episode.number, gap, found.bytes, found.value)
-        return episode
-
-    def choose(self) -> Episode:
-        """Of the best few by prediction, the one that is worth most."""
-        ranked: list[Episode] = []
-        for episode in sorted(self.record.known.values(), key=lambda e: (-e.reward, e.number)):
-            if all(episode.policy != other.policy for other in ranked):
-                ranked.append(episode)
-        finalists = []
-        for k, episode in enumerate(ranked[:FINALISTS]):
-            finalists.append(self.tried(episode))
-            self.say("trials", k + 1, min(FINALISTS, len(ranked)))
-        return max(finalists, key=lambda e: (e.measured.value if e.measured else -float("inf"), e.reward))
 
 
 def _fit(predictor: Predictor, encoder: Encoder) -> None:
