@@ -29,6 +29,7 @@ from transquant.guard import unchanged
 from transquant.inference.cost import measure
 from transquant.searching.budget import Budget
 from transquant.searching.candidates import CRITERIA
+from transquant.searching.correction import correct
 from transquant.searching.episodes import Episode, Record
 from transquant.searching.hunt import Hunt, Progress
 from transquant.searching.policy import MOST, Policy
@@ -37,6 +38,7 @@ from transquant.searching.result import SearchResult, Summary
 from transquant.searching.searchers import METHODS
 from transquant.searching.survey import groups_of, survey, usable
 from transquant.searching.trial import Trials
+from transquant.stats import Reference
 from transquant.targets import parse_target
 from transquant.workers import workers
 
@@ -116,10 +118,11 @@ def search(
         groups = usable(found, encoder)
         predictor = survey(model, groups, encoder, example, run, criterion, fixed)
         trials = Trials(model, groups, seen.stats, seen.reference, pool, how, physical, evaluate)
-        _fit(predictor, encoder)
+        _fit(predictor, encoder, seen.reference)
         whole = predictor.costs(predictor.space.with_bits(dict.fromkeys(predictor.space.groups, 0), _same_bits(predictor, MOST)))
         budget = Budget(most, None if macs is None else macs * whole.macs)
         budget.check(predictor)
+        correct(predictor, budget, trials, say)
         known = fingerprint(plan, model.state_dict(), batches, most, macs, fixed, method, criterion, metric, seed, len(METHODS))
         record = Record(work, known.hex())
         hunt = Hunt(predictor, budget, trials, record, say, watch)
@@ -145,15 +148,14 @@ def search(
     return SearchResult(small, compressed, chosen.policy, ordered, report, network, predictor.space.groups, not physical)
 
 
-def _fit(predictor: Predictor, encoder: Encoder) -> None:
+def _fit(predictor: Predictor, encoder: Encoder, reference: Reference) -> None:
     """Fit predictions of bytes and of rounding to real files of the whole network."""
     points = []
     for bits in dict.fromkeys((float(predictor.space.fixed),) if predictor.space.fixed else ANCHORS):
         policy = Policy(dict.fromkeys(predictor.space.groups, 0), _same_bits(predictor, bits))
         twin = Encoder(encoder.plan, encoder.source, encoder.stats, encoder.pool, encoder.method, depths=predictor.depths(policy))
         draft = twin.draft(twin.unit, Choice())
-        weights = sum(draft.distortions[name] for name in predictor.weights)
-        points.append((policy, len(twin.encode(draft).data), weights))
+        points.append((policy, len(twin.encode(draft).data), reference.distortion(draft.state())))
     predictor.fitted(points)
 
 

@@ -4,7 +4,8 @@
     macs        each layer's, times the shares of its rows and columns that are kept
     distortion  of removal, group by group, and of rounding, row by row: as if one did not change the other
 
-Overhead, slope and the scale of rounding are taken from two real files of the whole network.
+Overhead, slope and the scale of rounding come from two real files of the whole network, and what removal costs is corrected by what
+it does to the outputs, each group alone, at a few numbers of channels.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import numpy as np
 from transquant.searching.candidates import Removal
 from transquant.searching.policy import Policy, Space, row_depths
 from transquant.searching.tables import RowTable
+
+TINY = 1e-9  # distortions below are as good as none
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,18 +74,30 @@ class Predictor:
         self, space: Space, removals: Mapping[str, Removal], weights: Sequence[Weight], vectors: Mapping[str, float],
         other_macs: float = 0.0,
     ) -> None:  # fmt: skip
-        self.space, self.removals, self.vectors, self.other_macs = space, removals, vectors, other_macs
+        self.space, self.removals, self.vectors, self.other_macs = space, dict(removals), vectors, other_macs
         self.weights = {w.name: w for w in weights}
         self.fit = Fit()
 
     def fitted(self, points: Sequence[tuple[Policy, int, float]]) -> None:
-        """Take over what real files say: (policy, bytes, distortion that the encoder predicted), of different sizes."""
+        """Take over what real files of the whole network say: (policy, bytes, measured distortion), of different sizes."""
         self.fit = Fit()
         raw = [self.costs(policy) for policy, _, _ in points]
         spread = raw[0].bytes - raw[-1].bytes
         slope = (points[0][1] - points[-1][1]) / spread if abs(spread) > 1 else points[0][1] / raw[0].bytes
         ratios = [real / max(self._rounding(policy), 1e-300) for policy, _, real in points]
         self.fit = Fit(points[0][1] - slope * raw[0].bytes, slope, float(np.exp(np.mean(np.log(np.maximum(ratios, 1e-9))))))
+
+    def corrected(self, group: str, counts: Sequence[int], measured: Sequence[float]) -> None:
+        """Take over what the outputs say of a group that has lost some channels: in between, what they say of the prediction is
+        interpolated."""
+        costs, places = self.removals[group].costs, np.arange(len(self.removals[group].costs))
+        ratios = np.log(np.maximum(measured, TINY) / np.maximum(costs[list(counts)], TINY))
+        scaled = costs * np.exp(np.interp(places, counts, ratios))
+        self.removals[group] = replace(self.removals[group], costs=np.maximum.accumulate(scaled))
+
+    def scaled(self, factor: float) -> None:
+        """Scale what removal costs, of all groups alike."""
+        self.removals = {name: replace(r, costs=factor * r.costs) for name, r in self.removals.items()}
 
     def rows(self, weight: Weight, removed: Mapping[str, int]) -> np.ndarray:
         """Rows of a weight that are kept, bool (O,)."""
