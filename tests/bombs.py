@@ -96,6 +96,14 @@ ALIASES = [
 ]
 HUGE = (1 << 31) - 1
 
+
+def pruned(steps: int, digits: int, places: int) -> bytes:
+    """A file of incompressible bytes with a list of kept channels: of each step one of 4 · `digits`, at so many places."""
+    entry, data = {"k": "r", "n": "a", "s": [140_000], "t": "uint8"}, np.random.default_rng(0).bytes(140_000)
+    step = [4 * digits, "8" + "0" * (digits - 1), [[0]] * places]
+    return made(header(entry, kept=[step] * steps), deflate(data))
+
+
 # name: how it is made, and by how many megabytes the process may grow: 64, or 32 times a legal header, or 64 and three times
 # what the limits count
 
@@ -122,6 +130,8 @@ REFUSED: dict[str, tuple[Callable[[], bytes], int]] = {
         lambda: made(header({"k": "r", "n": "a", "s": [9]}), deflate(bytes(128 << 20))),
         64,
     ),
+    "a channel that was one of 60 million, 65,536 times": (lambda: pruned(1, 15_000_000, 65_536), 512),
+    "100,000 steps of kept channels": (lambda: pruned(100_000, 1, 1), 96),
     "values that overflow": (lambda: constant(1000, 500, q=400), 64),
     "exponents that overflow": (lambda: constant(64, 500, 10, g="rc", q=300), 64),
 }
@@ -140,6 +150,9 @@ ALLOWED: dict[str, tuple[Callable[[], bytes], int]] = {
     "64 MiB of exact booleans": (lambda: largest_exact("bool", 1), 256),
     "10,000 tensors of nothing": (lambda: many(lambda k: {"k": "r", "n": f"{k}", "s": [0]}, 10_000, deflate(b"")), 64),
     "10,000 coded tensors of nothing": (lambda: many(nothing, 10_000, LOW), 64),
+    "a channel that was one of 60 million": (lambda: pruned(1, 15_000_000, 1), 512),
+    "65,536 steps of kept channels": (lambda: pruned(65_536, 1, 1), 96),
+    "65,536 places of 32,000 channels": (lambda: pruned(1, 8_000, 65_536), 96),
     "2,000 sections": (lambda: many(nothing, 2_000, *[LOW] * 2_000, table=[["s", 1, 1, 4, 0] for _ in range(2_000)]), 64),
 }
 

@@ -3,7 +3,8 @@
     python tools/make_golden.py
 
 `version1` is what 0.1 wrote, `version1_transforms`, `version1_fixed` and `version1_trellis` what 0.2 added, with binary decisions
-alone; `version1_tokens`, `version1_static` and `version1_laws` have weights as tokens, `version1_spans` a step a span.
+alone; `version1_tokens`, `version1_static` and `version1_laws` have weights as tokens, `version1_spans` a step a span,
+`version1_kept` a list of kept channels.
 Once released they stay as they are for ever: files that exist are left alone.
 """
 
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 
 import transquant as tq
-from transquant import bitstream, codec, modules
+from transquant import bitstream, codec, modules, pruning
 from transquant.bitstream import Part
 from transquant.choices import Choice, LayerTransform, Method
 from transquant.encoder import Encoder, Source
@@ -154,6 +155,30 @@ def spans(coder: Coder) -> bytes:
     ).data
 
 
+class Pruned(nn.Module):
+    """Channels at every kind of place: behind a start, with a span, in BatchNorms and depthwise kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(1, 5, 1)
+        self.norm = nn.BatchNorm2d(11)
+        self.deep = nn.Conv2d(11, 22, 3, groups=11, bias=False)
+        self.head = nn.Linear(22 * 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(torch.cat([torch.relu(self.left(x)), torch.relu(self.right(x))], 1))
+        return self.head(torch.relu(self.deep(x)).flatten(1))
+
+
+def kept() -> bytes:
+    """A network from which channels were removed, twice."""
+    torch.manual_seed(0)
+    model, images = Pruned().eval(), torch.randn(32, 1, 4, 4)
+    for names in ({"left": [0, 2, 3, 5], "right": [1, 2, 4]}, {"right": [0, 2]}):
+        model = pruning.removed(model, pruning.channel_groups(model, images), names)
+    return tq.compress(model, images, step=0.002, effort=1).data
+
+
 FILES = {
     "version1": everything,
     "version1_transforms": lambda: transformed("entropy"),
@@ -163,6 +188,7 @@ FILES = {
     "version1_static": lambda: trellis("t"),
     "version1_laws": laws,
     "version1_spans": lambda: spans("m"),
+    "version1_kept": kept,
 }
 
 

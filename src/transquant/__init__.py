@@ -18,7 +18,7 @@ from transquant.records import Limits
 from transquant.report import Report
 
 if TYPE_CHECKING:
-    from transquant import features, integrations, reader, training
+    from transquant import features, integrations, pruning, reader, training
     from transquant.codec import CompressedModel, compress, load
 
 __version__ = "0.1.0"
@@ -32,6 +32,7 @@ __all__ = [
     "features",
     "integrations",
     "load",
+    "pruning",
     "reader",
     "training",
 ]
@@ -43,6 +44,7 @@ _LAZY = {
     "reader": "",
     "features": "",
     "integrations": "",
+    "pruning": "",
     "training": "",
 }
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from transquant import grid
 from transquant.bitstream import EncodedFile, split_bits
-from transquant.container import header_bytes
+from transquant.channels import KeptChannels, count_channels
+from transquant.container import header_bytes, tensor_shapes
 from transquant.container.dtypes import DTYPES
 from transquant.metadata import read_activations, read_distortions
 from transquant.records import (
@@ -53,7 +54,7 @@ def report_of(
     raw = tuple((s.name, s.reason) for s in plan.specs if isinstance(s, RawSpec))
     return _report(
         rows, encoded.data, encoded.raw_bytes, plan.original_bytes, plan.num_parameters, stats.metric,
-        draft.predicted, measured, raw, settings, verification, activations,
+        draft.predicted, measured, raw, settings, verification, activations, _kept(plan.kept, draft.entries),
     )  # fmt: skip
 
 
@@ -83,6 +84,7 @@ def file_report(container: Container, data: bytes, plane_bits: Sequence[float], 
         raw,
         {},
         activations=read_activations(container.metadata),
+        kept=_kept(container.kept, container.entries),
     )
 
 
@@ -94,7 +96,7 @@ def parameters_of(container: Container) -> int:
 def _report(
     rows: tuple[LayerReport, ...], data: bytes, raw_bytes: int, original: int, parameters: int, metric: str,
     predicted: float | None, measured: float | None, raw: tuple[tuple[str, str], ...], settings: Mapping[str, Any],
-    verification: tuple[Any, ...] = (), activations: tuple[float, float] | None = None,
+    verification: tuple[Any, ...] = (), activations: tuple[float, float] | None = None, kept: tuple[int, int] | None = None,
 ) -> Report:  # fmt: skip
     payload = round(sum(r.payload_bits for r in rows if r.kind == "weight") / 8)
     side = round(sum(r.payload_bits for r in rows if r.kind != "weight") / 8) + raw_bytes
@@ -104,8 +106,13 @@ def _report(
         side_info_bytes=len(data) - header - payload - side, header_bytes=header, original_bytes=original,
         num_parameters=parameters, metric=metric, predicted_distortion=predicted, measured_distortion=measured,
         layers=rows, raw=raw, settings=settings, verification=verification,
-        activations=activations,
+        activations=activations, kept_channels=kept,
     )  # fmt: skip
+
+
+def _kept(steps: Sequence[KeptChannels], entries: Sequence[Entry]) -> tuple[int, int] | None:
+    """Channels that were kept, and all, of layers that had lost some."""
+    return count_channels(steps, tensor_shapes(entries)) if steps else None
 
 
 def _rows(

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transquant import packing
+from transquant.channels import KeptChannels
 from transquant.container import pack_raw, unpack_raw, write_container
 from transquant.container.dtypes import DTYPES
 from transquant.entropy import lanes_for, streams
@@ -77,12 +78,13 @@ def encode(
     encode_streams: StreamEncoder,
     coder: Coder,
     metadata: Callable[[], Mapping[str, str]] = dict,
+    kept: Sequence[KeptChannels] = (),
 ) -> EncodedFile:
     """Write a file: entries in state-dict order, those that are coded or a BatchNorm with their symbols, and raw bytes by name.
 
     `parts` are taken one after the other, and their symbols are dropped once their section is encoded. `encode_streams` gives
     bytes and the planes' information contents of each job, in order; streams are independent. `coder` is the kind of the symbol
-    sections. `metadata` is asked at the end."""
+    sections. `metadata` is asked at the end. `kept`: what was removed from the network before."""
     sections: list[Section] = []
     tensor_bits: dict[str, TensorBits] = {}
     entries: list[Entry] = []
@@ -118,7 +120,7 @@ def encode(
     exact = pack_raw([raw[e.name] for e in raw_entries]) if raw_entries else b""
     if raw_entries:
         sections.append(Section("r", len(raw_entries), 0, exact))
-    container = Container(step, tuple(entries), tuple(sections), metadata())
+    container = Container(step, tuple(entries), tuple(sections), metadata(), tuple(kept))
     return EncodedFile(write_container(container), tensor_bits, section_bytes, len(exact))
 
 

@@ -110,6 +110,9 @@ class CompressedModel:
     def install(self, model: M, mode: str = "float", *, memory: int | str | None = None) -> M:
         """Put the weights into a module, strictly, and return it (where the module itself is replaced, what replaces it).
 
+        Where channels were removed from the network that was compressed (docs/pruning.md), a module of its original class loses
+        them first, in place: layers get new, smaller parameters. A module of the smaller shapes takes the weights as they are.
+
         `mode`: "float"; "transform": layers with a transform run as two, basis and transformed kernels; "packed": fixed-length
         codes stay packed in memory, and a weight is unpacked when its layer runs; "lazy": a weight is decoded when its layer runs,
         and kept while all that is kept takes at most `memory` (bytes, or "64MB"; None: as much as the three largest weights in
@@ -136,7 +139,7 @@ class CompressedModel:
 
         export.check_form(weights)
         check_writable(path)
-        twin = modules.install(wide_copy(model), self.state_dict()).cpu()
+        twin = self.install(wide_copy(model)).cpu()
         data, records = export.export_module(twin, example_input, weights)
         write_file(path, data)
         return records

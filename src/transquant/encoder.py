@@ -301,7 +301,7 @@ class Encoder:
             own = write_distortions(self.stats.metric, distortions)
             return own if plan is None else {**own, **write_activations(plan.mean_bits, plan.predicted)}
 
-        return encode(step, parts, self.source.raw, encode_streams, self.method.coder, metadata)
+        return encode(step, parts, self.source.raw, encode_streams, self.method.coder, metadata, self.plan.kept)
 
     def first_guess(self, target_bytes: float) -> float:
         """A scalar c whose file has about that size."""

@@ -19,6 +19,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from transquant.channels import KeptChannels
+
 MAX_FOLD = 1024  # see CodedEntry.fold
 MAX_BANDS = 1024  # of a transform: what its exact synthesis can sum up
 MAX_BASIS = 1 << 15  # magnitude of an entry of a basis
@@ -178,6 +180,7 @@ class Container:
     entries: tuple[Entry, ...]
     sections: tuple[Section, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    kept: tuple[KeptChannels, ...] = ()  # steps in which channels had been removed from the network
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,11 +271,9 @@ class Use:
 
 @dataclass(frozen=True, slots=True)
 class WeightSpec:
-    """A weight that will be coded as a matrix. `kind`: "linear", "conv2d", ... (modules/kinds.py lists them all), or "matrix":
-    nothing is known of how it is used but its gradient.
-    `module` is the dotted path of the module that uses it ("" for the root, None when only a state dict was given);
-    `attribute` is what that module calls it, and `rescaled` says that its rows are rescaled before (weight and spectral norm).
-    `tied`: the other modules that use it."""
+    """A weight that will be coded as a matrix. `kind`: "linear", "conv2d", ... (modules/kinds.py), or "matrix": nothing is known
+    of how it is used but its gradient. `module` is the path of the module that uses it ("" for the root, None where there is but a
+    state dict); `attribute`: what it is called there; `rescaled`: its rows are (weight and spectral norm). `tied`: other users."""
 
     name: str
     module: str | None
@@ -332,12 +333,13 @@ Spec = WeightSpec | VectorSpec | BatchNormSpec | RawSpec | AliasSpec
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Which tensors are coded, and how, in state-dict order; `num_parameters` counts tied values once.
-    `original_bytes`: all tensors in their own dtype, buffers included, tied ones once."""
+    """Which tensors are coded, and how, in state-dict order; `num_parameters` counts tied values once. `original_bytes`: all
+    tensors in their own dtype, buffers included, tied ones once. `kept`: steps that made the module smaller before."""
 
     specs: tuple[Spec, ...]
     num_parameters: int
     original_bytes: int
+    kept: tuple[KeptChannels, ...] = ()
 
     @property
     def num_weights(self) -> int:
@@ -347,21 +349,19 @@ class Plan:
     @property
     def work(self) -> float:
         """Multiply–adds of one quantization pass with feedback: rows · columns · (rows + columns) of each weight."""
-        sides = [(s.shape[0], prod(s.shape[1:])) for s in self.specs if isinstance(s, WeightSpec)]
-        return float(sum(rows * columns * (rows + columns) for rows, columns in sides))
+        return float(sum(prod(s.shape) * (s.shape[0] + prod(s.shape[1:])) for s in self.specs if isinstance(s, WeightSpec)))
 
 
 @dataclass(frozen=True, slots=True)
 class LayerStats:
     """Calibration statistics of one weight: D ≈ Σ tr(output_moment[k] E input_moment[k] Eᵀ) over groups k, in units of `metric`.
 
-    For most layers columns meet inputs and rows give outputs. Where rows meet the inputs (transposed convolutions,
-    embeddings, HF's Conv1D) `input_moment` is still that of the columns, and holds gradients.
-    `input_moment` float64 (g, n, n), mean over samples and positions of x xᵀ; (g, b, m, m) where only b diagonal blocks
-    of side m = n / b are kept; or (g, n) where only the diagonal is.
-    `output_moment` float64 (g, o, o), *scaled* so that D is as above; or (g, o) diagonal.
-    `input_mean` float64 (g, n), the mean of x over samples and positions; None where columns do not meet the inputs.
-    `samples`: how many samples the moments saw. `gradient_energy`: E‖∇W‖² per sample, with its relative standard error."""
+    For most layers columns meet inputs and rows give outputs. Where rows meet the inputs (transposed convolutions, embeddings,
+    HF's Conv1D) `input_moment` is still that of the columns, and holds gradients. `input_moment` float64 (g, n, n), mean over
+    samples and positions of x xᵀ; (g, b, m, m) where only b diagonal blocks of side m = n / b are kept; or (g, n) where only the
+    diagonal is. `output_moment` float64 (g, o, o), *scaled* so that D is as above; or (g, o) diagonal. `input_mean` float64 (g,
+    n), the mean of x over samples and positions; None where columns meet no inputs. `samples`: how many samples the moments saw.
+    `gradient_energy`: E‖∇W‖² per sample, with its relative standard error."""
 
     input_moment: FloatArray
     output_moment: FloatArray

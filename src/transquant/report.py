@@ -43,7 +43,8 @@ class VerifiedPoint:
 @dataclass(frozen=True, slots=True)
 class Report:
     """What compress did; `str(report)` is the table, `as_dict()` the JSON. `activations`: mean bits a value of the inputs that are
-    quantized, and the predicted distortion of that alone, in units of the metric; None where none are."""
+    quantized, and the predicted distortion of that alone, in units of the metric; None where none are.
+    `kept_channels`: of layers that had lost some, how many they kept, and how many they had; None where none had."""
 
     file_bytes: int
     payload_bytes: int
@@ -60,6 +61,7 @@ class Report:
     settings: Mapping[str, Any]
     verification: tuple[VerifiedPoint, ...] = ()
     activations: tuple[float, float] | None = None
+    kept_channels: tuple[int, int] | None = None
 
     @property
     def basis_bytes(self) -> int:
@@ -108,6 +110,9 @@ def _text(report: Report) -> str:
         parts.insert(3, ("  bases", report.basis_bytes, "of that, for transforms"))
     for name, size, what in parts:
         lines.append(f"  {name:<17}{size:>12,}  {100 * size / report.file_bytes:5.1f} %  {what}")
+    if report.kept_channels is not None:
+        kept, had = report.kept_channels
+        lines += ["", f"  {kept:,} of {had:,} channels were kept where some were removed; bits count the parameters that are left"]
     lines += ["", _distortion_line(report), ""]
     inputs = any(r.activation_bits is not None for r in report.layers)
     if report.activations is not None:

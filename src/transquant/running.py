@@ -21,7 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from transquant import bitstream, inference, modules, packing
+from transquant import bitstream, inference, modules, packing, pruning
+from transquant.container import tensor_shapes
 from transquant.container.dtypes import DTYPES
 from transquant.dequantizer import dequantize
 from transquant.entropy.lanes import decode_planes
@@ -71,6 +72,7 @@ def install(
     how = Installed(mode)
     quantized = _quantized(container, mode) if mode in ("activations", "int8") else {}
     inference.release_inputs(model)
+    pruning.fit(model, container.kept, tensor_shapes(container.entries))
     if mode == "float":
         modules.install(model, state())
         how.layers = dict.fromkeys(_weights(container), "decoded")

@@ -22,7 +22,7 @@ _FIXED = struct.Struct("<4sBBIII")  # magic, version, flags, raw length, header 
 def write_container(container: Container) -> bytes:
     """The bytes of a file; deterministic."""
     rows: list[SectionRow] = [(s.kind, s.count, s.lanes, len(s.data), zlib.crc32(s.data)) for s in container.sections]
-    value = header_to_json(container.step, container.entries, rows, dict(container.metadata))
+    value = header_to_json(container.step, container.entries, rows, dict(container.metadata), container.kept)
     raw = json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode("utf-8")
     if len(raw) > MAX_HEADER:
         raise LimitExceeded(f"the header takes {len(raw)} bytes, the format allows {MAX_HEADER}")
@@ -46,7 +46,7 @@ def read_container(data: bytes, limits: Limits | None = None) -> Container:
     header = data[_FIXED.size : start]
     if zlib.crc32(data[4:14] + header) != crc:
         raise CorruptFile("the header's checksum does not match: the file is damaged")
-    step, entries, rows, metadata = header_from_json(parse_json(_inflate(header, raw_length, "the header")))
+    step, entries, rows, metadata, kept = header_from_json(parse_json(_inflate(header, raw_length, "the header")))
     check_limits(entries, len(data), limits)
     if start + sum(row[3] for row in rows) != len(data):
         raise CorruptFile(f"the file has {len(data)} bytes, its header describes {start + sum(r[3] for r in rows)}")
@@ -57,7 +57,7 @@ def read_container(data: bytes, limits: Limits | None = None) -> Container:
             raise CorruptFile(f"the checksum of section {number} does not match: the file is damaged")
         sections.append(Section(kind, count, lanes, body))
         start += length
-    return Container(step, entries, tuple(sections), metadata)
+    return Container(step, entries, tuple(sections), metadata, kept)
 
 
 def header_bytes(data: bytes) -> int:

@@ -6,10 +6,13 @@ from collections.abc import Iterable, Sequence
 from math import prod
 from typing import Any, cast, get_args
 
+from transquant.channels import KeptChannels
 from transquant.container.checks import integer, items, keys, known, short, string
 from transquant.container.dtypes import CODED_DTYPES, DTYPES
+from transquant.container.kept import BATCHNORM_VECTORS, kept_from_json, kept_to_json
 from transquant.errors import CorruptFile, LimitExceeded, UnsupportedVersion
 from transquant.records import (
+    GRAPH,
     MAX_BANDS,
     MAX_FOLD,
     Activation,
@@ -29,7 +32,7 @@ MAX_SPAN = 1024
 TRELLIS_BITS = 2, 6
 ACTIVATION_BITS = 2, 8
 ACTIVATION_EXPONENTS = -130, 60  # steps are normal numbers in float32, and so are their inverses
-BATCHNORM_KEYS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+BATCHNORM_KEYS = (*BATCHNORM_VECTORS, "num_batches_tracked")
 
 SYMBOLS: tuple[str, ...] = get_args(Coder)
 SectionRow = tuple[SectionKind, int, int, int, int]  # kind, count, lanes, length, crc32
@@ -92,11 +95,17 @@ def entry_from_json(value: Any) -> Entry:
 
 
 def header_to_json(
-    step: tuple[int, int], entries: Sequence[Entry], sections: Sequence[SectionRow], metadata: dict[str, str]
+    step: tuple[int, int],
+    entries: Sequence[Entry],
+    sections: Sequence[SectionRow],
+    metadata: dict[str, str],
+    kept: Sequence[KeptChannels] = (),
 ) -> dict[str, Any]:
     """The header as a JSON object."""
     value: dict[str, Any] = {"step": list(step), "tensors": [entry_to_json(e) for e in entries]}
     value["sections"] = [list(s) for s in sections]
+    if kept:
+        value["kept"] = kept_to_json(kept, entries)
     if metadata:
         value["metadata"] = metadata
     return value
@@ -104,9 +113,9 @@ def header_to_json(
 
 def header_from_json(
     value: dict[str, Any],
-) -> tuple[tuple[int, int], tuple[Entry, ...], list[SectionRow], dict[str, str]]:
-    """(step, entries, section rows, metadata) of a header, validated as a whole."""
-    unknown = [k for k in value if k not in ("step", "tensors", "sections", "features", "metadata")]
+) -> tuple[tuple[int, int], tuple[Entry, ...], list[SectionRow], dict[str, str], tuple[KeptChannels, ...]]:
+    """(step, entries, section rows, metadata, kept channels) of a header, validated as a whole."""
+    unknown = [k for k in value if k not in ("step", "tensors", "sections", "features", "metadata", "kept")]
     if unknown or items(value.get("features", []), "features", most=64):
         raise UnsupportedVersion("the header has features that need a newer version of transquant")
     for key in ("step", "tensors", "sections"):
@@ -124,7 +133,8 @@ def header_from_json(
     for key, text in metadata.items():
         string(key, "a metadata key")
         string(text, "a metadata text", most=1 << 20, empty=True)
-    return step, entries, rows, metadata
+    kept = kept_from_json(value["kept"], entries, tensor_shapes(entries)) if "kept" in value else ()
+    return step, entries, rows, metadata, kept
 
 
 def tensor_names(entry: Entry) -> list[str]:
@@ -133,6 +143,19 @@ def tensor_names(entry: Entry) -> list[str]:
         count = 4 if entry.batches_tracked is None else 5
         return [entry.key(k) for k in BATCHNORM_KEYS[:count]]
     return [entry.name]
+
+
+def tensor_shapes(entries: Iterable[Entry]) -> dict[str, tuple[int, ...]]:
+    """Shapes by state-dict key, without the graph of a network."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for entry in entries:
+        if isinstance(entry, AliasEntry):
+            shapes[entry.name] = shapes[entry.of]
+        elif isinstance(entry, BatchNormEntry):
+            shapes |= {key: () if key.endswith(BATCHNORM_KEYS[4]) else (entry.channels,) for key in tensor_names(entry)}
+        elif entry.name != GRAPH:
+            shapes[entry.name] = entry.shape
+    return shapes
 
 
 def check_limits(entries: Iterable[Entry], file_bytes: int, limits: Limits) -> None:

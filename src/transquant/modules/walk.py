@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from transquant.channels import MARK, MAX_SLICES, KeptChannels, shapes_before, steps_of
 from transquant.errors import InputError
 from transquant.modules.files import TensorFile
 from transquant.modules.kinds import BATCHNORMS, KINDS, Place, groups_of, is_vector, is_weight, kind_of, place, refuse_soft
@@ -70,7 +71,22 @@ def plan_model(model: nn.Module) -> Plan:
         first_names[_identity(value)] = key
         total += value.numel() * value.element_size()
         specs.append(_spec(key, place(key, owners), value))
-    return _plan(specs, sum(p.numel() for p in model.parameters()), total)
+    return replace(_plan(specs, sum(p.numel() for p in model.parameters()), total), kept=_kept(model, state))
+
+
+def _kept(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[KeptChannels, ...]:
+    """The steps that have made parts of a model, and then the model, smaller. Raises InputError where it is no longer what they
+    have made it."""
+    steps = [step for path, module in reversed(list(model.named_modules())) for step in steps_of(module, path)]
+    reason = shapes_before(steps, {key: value.shape for key, value in state.items()})
+    if sum(len(step.slices) for step in steps) > MAX_SLICES:
+        reason = f"they have more than {MAX_SLICES} places"
+    if isinstance(reason, str):
+        raise InputError(
+            f"channels were removed from the model, and it has been changed since: {reason}; where it is to be a network of its "
+            f"own, delete its attribute {MARK!r}"
+        )
+    return tuple(steps)
 
 
 def plan_state_dict(state: Mapping[str, Tensor], exact: Mapping[str, str] = NONE) -> Plan:

@@ -4,6 +4,6 @@ channels that stay can take over."""
 from transquant.pruning.channel_groups import channel_groups, layer_groups
 from transquant.pruning.compensation import compensated
 from transquant.pruning.groups import ChannelGroup, Kept
-from transquant.pruning.removal import masked, removed
+from transquant.pruning.removal import fit, masked, removed
 
-__all__ = ["ChannelGroup", "Kept", "channel_groups", "compensated", "layer_groups", "masked", "removed"]
+__all__ = ["ChannelGroup", "Kept", "channel_groups", "compensated", "fit", "layer_groups", "masked", "removed"]

@@ -30,7 +30,7 @@ def compensated(model: M, groups: Iterable[ChannelGroup], kept: Kept, statistics
     far as linear regression on the calibration samples goes, and biases (or the means of BatchNorms) the rest: `masked` or
     `removed` then takes the others away. `kept` as of `masked`; `statistics` of the same model, with input moments of layers
     whose columns meet inputs (convolutions and linear layers); other readers stay as they are. Moments are those of the network as
-    it was. Raises InputError as `masked` does."""
+    it was, cross-validated ones where there are fewer samples than columns. Raises InputError as `masked` does."""
     twin = deep_copy(model)
     gone: dict[str, list[int]] = {}
     for group, channels in kept_of(groups, kept):

@@ -66,6 +66,7 @@ class Template:
         coder = next((s.kind for s in self.container.sections if s.kind not in "pr"), "m")
         done = bitstream.encode(
             self.container.step, parts, raw, lambda jobs: (encode_planes(*job) for job in jobs), coder, lambda: metadata,  # type: ignore[arg-type]
+            self.container.kept,
         )  # fmt: skip
         return done.data
 
