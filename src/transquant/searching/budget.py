@@ -43,11 +43,11 @@ class Budget:
                 f"a file of {self.bytes:.0f} bytes cannot be reached: with one channel left of each group that may lose some, "
                 f"it takes about {costs.bytes:.0f} bytes"
             )
-        if not self._macs(costs):
+        if self.macs is not None and not self._macs(costs):
             whole = predictor.costs(replace(least, removed=dict.fromkeys(space.groups, 0))).macs
             raise TargetError(
-                f"{self.macs / whole:.3g} of the multiply–adds cannot be reached: with one channel left of each group that may lose "
-                f"some, it is {costs.macs / whole:.3g}"
+                f"{self.macs / whole:.3g} of the multiply–adds cannot be reached: with one channel left of each group that may "
+                f"lose some, it is {costs.macs / whole:.3g}"
             )
 
     def enforced(self, predictor: Predictor, policy: Policy) -> tuple[Policy, Costs]:
@@ -65,7 +65,7 @@ def _fewer_channels(predictor: Predictor, policy: Policy, holds: Callable[[Costs
     while not holds(predictor.costs(policy)):
         if all(policy.removed[g] == c - 1 for g, c in groups.items()):
             break
-        for group, channels in reversed(groups.items()):
+        for group, channels in reversed(list(groups.items())):
             more = min(policy.removed[group] + max(1, channels // SHARE), channels - 1)
             policy = replace(policy, removed={**policy.removed, group: more})
             if holds(predictor.costs(policy)):

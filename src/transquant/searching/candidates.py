@@ -59,7 +59,8 @@ def removal(
         count = min(stride, len(left) - 1)
         each = sum((reader.costs(left) for reader in readers), np.zeros(len(left)))
         if criterion == "sensitivity":
-            left, each = (array[np.argsort(each, kind="stable")] for array in (left, each))
+            ranks = np.argsort(each, kind="stable")
+            left, each = left[ranks], each[ranks]
         gone, left = left[:count], left[count:]
         total = sum(reader.remove(gone) for reader in readers)
         shares = np.cumsum(each[:count]) / max(float(each[:count].sum()), 1e-300)
@@ -77,7 +78,7 @@ class _Reader:
         self.columns = part.start * prod(shape[2:]) + np.arange(channels * width).reshape(channels, width)
         self.inverse: FloatArray | None = None
         if a.ndim > 1 and weight.shape[1] <= LARGEST and a.any():
-            self.inverse = np.linalg.inv(_dense(regularise(a, DAMPING)))
+            self.inverse = np.asarray(np.linalg.inv(_dense(regularise(a, DAMPING))), np.float64)
             self.energy = weight.T @ (g[:, None] * weight if g.ndim == 1 else g @ weight)
             return
         diagonal = a if a.ndim == 1 else np.einsum("...ii->...i", a).reshape(-1)
@@ -87,7 +88,7 @@ class _Reader:
     def costs(self, channels: Indices) -> FloatArray:
         """Of removing each channel alone, float64 (k,)."""
         if self.inverse is None:
-            return self.alone[channels]
+            return np.asarray(self.alone[channels])
         columns = self.columns[channels]
         block = columns[:, :, None], columns[:, None, :]
         costs: FloatArray = np.einsum("kii->k", np.linalg.solve(self.inverse[block], self.energy[block]))

@@ -1,8 +1,8 @@
 """What removal costs, corrected by what it does to the outputs of the network.
 
-Predictions see each layer by itself, and no further than the first order of what follows. So every group is tried at a few numbers of
-channels: alone, and then with all the others as the solution by prices has them, since what one group loses weighs more where others
-have lost something too.
+Predictions see each layer by itself, and no further than the first order of what follows. So every group is tried at a few numbers
+of channels: alone, and then with all the others as the solution by prices has them, since what one group loses weighs more where
+others have lost something too.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A record of every episode, one JSON line each: a search that was killed goes on from it, with the same result.
 
-Searchers are deterministic by their seed, so they are replayed: each proposes again what it has proposed, and is told the reward that
-is known. The first line is the fingerprint of all that the search depends on.
+Searchers are deterministic by their seed, so they are replayed: each proposes again what it has proposed, and is told the reward
+that is known. The first line is the fingerprint of all that the search depends on.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     collect → groups → removals, tables → [propose → budget → predict → observe] → best few for real → compress
 
-A channel of zero bits is a channel that is removed, so one policy says both. Every episode is predicted, in about a millisecond; some
-are tried for real; what is measured decides among the best.
+A channel of zero bits is a channel that is removed, so one policy says both. Every episode is predicted, in about a millisecond;
+some are tried for real; what is measured decides among the best.
 """
 
 from __future__ import annotations
@@ -77,16 +77,19 @@ def search(
     `model`, which is never changed, and `calibration` as of `compress`. Budgets: at most one of `size` (bytes of the file), `bits`
     (8 · bytes of the file / parameters of the *original* network) and `ratio` (bytes of its tensors / bytes of the file); and
     `macs`, the largest share (0 to 1) of its multiply–adds. At least one of them.
-    `precision`: "mixed", bits of each row are searched for too; or 2 to 8, one depth for all rows, and channels alone are. `method`:
-    "lagrange" (prices of bytes and multiply–adds, then small steps), "random", "tpe", "cma-es" (Optuna), "ddpg" (an agent), or
-    "auto", the one that wins in benchmarks/search.py; each looks at `episodes` policies. `criterion` of importance, for channels and
-    rows: "sensitivity" of the output, or "norm", L1 of the weights. `evaluate(model) -> float`, higher is better, decides among the
-    best policies, on whatever data it has; None: minus the distance of the outputs on held-back calibration samples.
-    `check_every`: episodes after which the best so far is tried for real. `metric`, `effort`, `forward`, `output` as of
-    `compress`, which makes the file. `work`: a folder for the record of episodes (episodes.jsonl) and finished parts, from which the
-    same call goes on after it was killed; it stays. `progress(stage, done, total)` and `watch(episode)` are called as work goes on.
+    `precision`: "mixed", bits of each row are searched for too; or 2 to 8, one depth for all rows, and channels alone are.
+    `method`: "lagrange" (prices of bytes and multiply–adds, then small steps), "random", "tpe", "cma-es" (Optuna), "ddpg" (an
+    agent), or "auto", the one that wins in benchmarks/search.py; each looks at `episodes` policies. `criterion` of importance, for
+    channels and rows: "sensitivity" of the output, or "norm", L1 of the weights. `evaluate(model) -> float`, higher is better,
+    decides among the best policies, on whatever data it has; None: minus the distance of the outputs on held-back calibration
+    samples. `check_every`: episodes after which the best so far is tried for real. `metric`, `effort`, `forward`, `output` as of
+    `compress`, which makes the file. `work`: a folder for the record of episodes (episodes.jsonl) and finished parts, from which
+    the same call goes on after it was killed; it stays. `progress(stage, done, total)` and `watch(episode)` are called as work
+    goes on.
 
-    Where the network's graph cannot be followed, removed channels stay as zeros (`masked`; a warning says so), and `macs` is refused.
+    Where the network's graph cannot be followed, removed channels stay as zeros (`masked`; a warning says so), and `macs` is
+    refused. Files of policies are as `compress` makes them, of at most the asked size; with one depth for all rows they have that
+    very depth, and may be smaller.
     The same input, options and seed give the same result. Raises InputError, TargetError (with the smallest that is feasible),
     MissingDependency."""
     say = progress or (lambda stage, done, total: None)
@@ -166,8 +169,8 @@ def _same_bits(predictor: Predictor, bits: float) -> dict[str, float]:
 def _file(
     network: nn.Module, batches: list[Any], most: float | None, fixed: int | None, options: dict[str, Any]
 ) -> CompressedModel:
-    """The file of the network that was found: of the size that is allowed; or with the very depths, where they are fixed or no size is
-    given and the file is not too large."""
+    """The file of the network that was found: of the size that is allowed; or with the very depths, where they are fixed or no size
+    is given, and the file is not too large."""
     if fixed is not None or most is None:
         compressed = compress(network, batches, step=1.0, **options)
         if most is None or len(compressed.data) <= most:

@@ -76,7 +76,8 @@ def row_depths(bits: float, importance: FloatArray) -> FloatArray:
     if missing > 0:
         order = np.argsort(-(depths - whole) + 1e3 * (whole >= MOST), kind="stable")
         whole[order[:missing]] += 1
-    return np.clip(whole, LEAST, MOST)
+    bounded: FloatArray = np.clip(whole, LEAST, MOST)
+    return bounded
 
 
 def _rounded(bits: float) -> float:

@@ -100,7 +100,8 @@ class SearchResult:
         least, front = float("inf"), list[Costs]()
         for costs in sorted(tried, key=lambda c: (c.macs, c.distortion)):
             if costs.distortion < least:
-                least, _ = costs.distortion, front.append(costs)
+                least = costs.distortion
+                front.append(costs)
         axes.plot([c.macs for c in front], [c.distortion for c in front], label="frontier")
         axes.scatter([self.report.predicted.macs], [self.report.predicted.distortion], marker="*", s=90, zorder=3, label="chosen")
         axes.set(xlabel="multiply–adds a sample", ylabel="predicted distortion", yscale="log")

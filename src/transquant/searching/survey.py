@@ -36,7 +36,8 @@ def groups_of(model: nn.Module, batch: Any) -> tuple[tuple[ChannelGroup, ...], b
 
 
 def usable(groups: Sequence[ChannelGroup], encoder: Encoder) -> tuple[ChannelGroup, ...]:
-    """Groups whose cost can be told: rows of weights compute them, columns of ungrouped ones read them, and calibration saw both."""
+    """Groups whose cost can be told: rows of weights compute them, columns of ungrouped ones read them, and calibration saw both;
+    of the channels of one layer, those of one group."""
     specs = {s.name: s for s in encoder.plan.specs if isinstance(s, WeightSpec)}
 
     def told(group: ChannelGroup) -> bool:
@@ -50,7 +51,7 @@ def usable(groups: Sequence[ChannelGroup], encoder: Encoder) -> tuple[ChannelGro
     found = []
     for group in filter(told, groups):
         own = {s.key for s in group.sources if s.key in specs}
-        if not own & taken:  # of one layer's channels, those of one group
+        if not own & taken:
             found.append(group)
             taken |= own
     return tuple(found)

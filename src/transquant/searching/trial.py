@@ -143,4 +143,4 @@ def _cut(stats: LayerStats, rows: Any, columns: Any) -> LayerStats:
 
 
 def _columns(moment: FloatArray) -> int:
-    return moment.shape[1] * (moment.shape[2] if moment.ndim == 4 else 1)
+    return int(np.prod(moment.shape[1:3])) if moment.ndim == 4 else int(moment.shape[1])

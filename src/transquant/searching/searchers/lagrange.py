@@ -153,13 +153,13 @@ class _Tables:
         """What every number of channels of one group costs, the others as they are."""
         predictor, counts = self.predictor, self.counts[group]
         removed = {g: int(self.counts[g][k]) for g, k in place.items()}
-        total = predictor.removals[group].costs[counts] - byte_price * predictor.vectors.get(group, 0.0) * counts
+        total: FloatArray = predictor.removals[group].costs[counts] - byte_price * predictor.vectors.get(group, 0.0) * counts
         for weight in self.rows_of[group]:
             gone = np.array([(weight.channels >= 0).mean() * k / predictor.space.groups[group] for k in counts])
-            share = weight.share(removed)
+            shares = np.full(len(counts), weight.share(removed))
             if group in weight.readers:  # it reads what it computes
-                share = share - weight.readers[group] * (counts - removed[group]) / weight.columns
-            total = total + share * (costs[weight.name] + mac_price * weight.macs * (1 - gone))
+                shares -= weight.readers[group] * (counts - removed[group]) / weight.columns
+            total = total + shares * (costs[weight.name] + mac_price * weight.macs * (1 - gone))
         for weight in self.columns_of[group]:
             if weight.group == group:
                 continue
@@ -167,6 +167,6 @@ class _Tables:
             rows = 1.0
             if weight.group is not None:
                 rows -= (weight.channels >= 0).mean() * self.counts[weight.group][k] / predictor.space.groups[weight.group]
-            share = weight.share({**removed, group: 0}) - weight.readers[group] * counts / weight.columns
-            total = total + share * (costs[weight.name][k] + mac_price * weight.macs * rows)
-        return np.asarray(total)
+            shares = weight.share({**removed, group: 0}) - weight.readers[group] * counts / weight.columns
+            total = total + shares * (costs[weight.name][k] + mac_price * weight.macs * rows)
+        return total
