@@ -50,6 +50,7 @@ from transquant.records import (
 )
 from transquant.refinement import live_in_order, samples_in_order
 from transquant.report import Report
+from transquant.row_depths import parse_depths
 from transquant.running import install as run_as
 from transquant.running import tensors
 from transquant.stats import Reference
@@ -250,12 +251,13 @@ def compress(
         raise InputError("verify needs calibration data: without it there is nothing to measure")
     if calibration is None and metric in ("kl", "mse"):
         raise InputError(f"metric {metric!r} needs calibration data; without it the metric is 'weights'")
+    rows = parse_depths(plan, depths)
     input_bits = parse_activations(activations, calibration is not None and metric != "weights")
 
     folder = None if work is None else lambda: WorkFolder(work, KEPT)
     with torch.inference_mode(False), unchanged(module), workers(folder) as pool:
         asked_for = given if max_drop is None else "max_drop"
-        options = asked_for, method, macs, metric, effort, seed, verify, work is None, input_bits, depths
+        options = asked_for, method, macs, metric, effort, seed, verify, work is None, input_bits, rows
         pool.processes.agree("models or options", options, plan, state)
         source = Source(*modules.gather(plan, state))
         most = samples_in_order(plan, effort) if method.feedback else 0
@@ -266,8 +268,8 @@ def compress(
         )  # fmt: skip
         stats, reference = seen.stats, seen.reference
         inputs = None if input_bits is None else plan_activations(stats, input_bits, pool)
-        encoder = Encoder(plan, source, stats, pool, method, activations=inputs, depths=depths)
-        if depths and target.kind == "step":
+        encoder = Encoder(plan, source, stats, pool, method, activations=inputs, depths=rows)
+        if rows and target.kind == "step":
             target = replace(target, value=target.value * encoder.unit)
         if macs is not None and seen.calls is not None:
             ranks, share = choose_ranks(plan, encoder.layers, source.values, seen.calls, macs)
@@ -295,7 +297,7 @@ def compress(
     }
     if macs is not None:
         settings["macs"] = {"share": share, "bands": {name: rank.kept for name, rank in ranks.items()}}
-    if depths:
+    if rows:
         settings["factor"] = draft.c / encoder.unit
     if work is not None:
         settings["work"] = {"layers_taken": taken, "layers_computed": computed}

@@ -114,7 +114,7 @@ class Encoder:
     def __init__(
         self, plan: Plan, source: Source, stats: Statistics, pool: Workers, method: Method = METHOD,
         transforms: Mapping[str, LayerTransform] | None = None, activations: ActivationPlan | None = None,
-        depths: Mapping[str, Any] | None = None,
+        depths: Mapping[str, FloatArray] | None = None,
     ) -> None:  # fmt: skip
         self.plan, self.source, self.stats, self.pool, self.method = plan, source, stats, pool, method
         self.transforms = transforms or {}  # by weight; what is left out has none
@@ -128,7 +128,7 @@ class Encoder:
             else (layer if name in stats.absorbers else replace(layer, input_mean=None))
             for name, layer in stats.layers.items()
         }
-        given = row_steps(plan, depths or {}, source.values, self.layers)
+        given = row_steps(depths or {}, source.values, self.layers)
         self.row_steps, self.unit = given.steps, given.unit  # where the caller has said how rows compare
         self.idle_level = _mean_energy(self.layers, source.values)
         self.done: dict[str, CodedWeight] = {}  # weights that are quantized already

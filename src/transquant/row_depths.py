@@ -26,17 +26,17 @@ class RowSteps:
     unit: float
 
 
-def row_steps(
-    plan: Plan, depths: Mapping[str, Any], values: Mapping[str, FloatArray], layers: Mapping[str, LayerStats]
-) -> RowSteps:
-    """Steps of the rows of all weights that `depths` names; `values` (O, n). At one c the weights' steps are as fine, on average,
-    as the allocation would make them: what else depends on c (vectors, the regularisation) is in keeping with them.
-
-    Raises InputError for names, shapes and numbers that make no sense."""
+def parse_depths(plan: Plan, depths: Mapping[str, Any] | None) -> dict[str, FloatArray]:
+    """Depths by weight, float64 (O,). Raises InputError for names, shapes and numbers that make no sense."""
     specs = {s.name: s for s in plan.specs if isinstance(s, WeightSpec)}
-    given = {name: _checked(name, rows, specs) for name, rows in depths.items()}
+    return {name: _checked(name, rows, specs) for name, rows in (depths or {}).items()}
+
+
+def row_steps(depths: Mapping[str, FloatArray], values: Mapping[str, FloatArray], layers: Mapping[str, LayerStats]) -> RowSteps:
+    """Steps of the rows of all weights that `depths` names; `values` (O, n). At one c the weights' steps are as fine, on average,
+    as the allocation would make them: what else depends on c (vectors, the regularisation) is in keeping with them."""
     steps, total, count = dict[str, FloatArray](), 0.0, 0
-    for name, rows in given.items():
+    for name, rows in depths.items():
         peaks = np.abs(values[name]).max(1)
         peaks = np.where(peaks > 0, peaks, peaks.max(initial=0.0) or 1.0)
         steps[name] = np.where(rows > 0, np.log2(peaks) + 1 - rows, np.inf)

@@ -33,15 +33,16 @@ class Budget:
     def _macs(self, costs: Costs) -> bool:
         return self.macs is None or costs.macs <= self.macs * (1 + 1e-9)
 
-    def check(self, predictor: Predictor) -> None:
-        """Raises TargetError, naming the smallest that is feasible, where even the least of all policies is over."""
+    def check(self, predictor: Predictor, size_of: Callable[[Policy], int]) -> None:
+        """Raises TargetError, naming the smallest that is feasible, where even the least of all policies is over. `size_of`: bytes
+        of a policy's real file."""
         space = predictor.space
         least = space.with_bits({g: c - 1 for g, c in space.groups.items()}, dict.fromkeys(space.weights, float(LEAST)))
         costs = predictor.costs(least)
-        if not self._bytes(costs):
+        if self.bytes is not None and (smallest := size_of(least)) > self.bytes:
             raise TargetError(
                 f"a file of {self.bytes:.0f} bytes cannot be reached: with one channel left of each group that may lose some, "
-                f"it takes about {costs.bytes:.0f} bytes"
+                f"the smallest takes {smallest} bytes"
             )
         if self.macs is not None and not self._macs(costs):
             whole = predictor.costs(replace(least, removed=dict.fromkeys(space.groups, 0))).macs

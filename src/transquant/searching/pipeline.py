@@ -102,6 +102,11 @@ def search(
     most = parse_target(plan, {**sizes}).value if given else None
     batches = modules.batches_of(calibration, whole=forward is not None)
 
+    known = fingerprint(
+        plan, model.state_dict(), batches, most, macs, fixed, method, episodes, criterion, metric, seed, evaluate is None
+    )
+    record = Record(work, known.hex())
+
     def run(network: nn.Module, batch: Any) -> Tensor:
         return modules.run_batch(network, batch, forward, output)
 
@@ -124,10 +129,8 @@ def search(
         _fit(predictor, encoder, seen.reference)
         whole = predictor.costs(predictor.space.with_bits(dict.fromkeys(predictor.space.groups, 0), _same_bits(predictor, MOST)))
         budget = Budget(most, None if macs is None else macs * whole.macs)
-        budget.check(predictor)
+        budget.check(predictor, lambda policy: trials.draft(predictor, policy, None)[1])
         correct(predictor, budget, trials, say)
-        known = fingerprint(plan, model.state_dict(), batches, most, macs, fixed, method, criterion, metric, seed, len(METHODS))
-        record = Record(work, known.hex())
         hunt = Hunt(predictor, budget, trials, record, say, watch)
         hunt.walk(method, episodes, check_every, seed)
         chosen = hunt.choose()

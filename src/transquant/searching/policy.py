@@ -66,16 +66,15 @@ class Space:
 def row_depths(bits: float, importance: FloatArray) -> FloatArray:
     """Depths of rows, whole numbers in float64 (O,), with a mean of `bits`: by reverse water-filling, half a bit for each octave
     of `importance` (log2 of what the square of a row's largest magnitude costs), to the nearest numbers that hold the mean."""
-    depths = bits + 0.5 * (importance - importance.mean())
-    for _ in range(4):  # what the bounds take from some, others get
-        clipped = np.clip(depths, LEAST, MOST)
-        depths = clipped + (bits - clipped.mean())
-    depths = np.clip(depths, LEAST, MOST)
-    whole = np.floor(depths + 1e-9)
-    missing = round(bits * len(depths)) - int(whole.sum())
-    if missing > 0:
-        order = np.argsort(-(depths - whole) + 1e3 * (whole >= MOST), kind="stable")
-        whole[order[:missing]] += 1
+    relative = 0.5 * (importance - importance.mean())
+    low, high = LEAST - float(relative.max()), MOST - float(relative.min())
+    for _ in range(16):  # the water level at which the mean is held
+        level = (low + high) / 2
+        low, high = (level, high) if np.clip(relative + level, LEAST, MOST).mean() < bits else (low, level)
+    depths = np.clip(relative + (low + high) / 2, LEAST, MOST)
+    whole = np.minimum(np.floor(depths), MOST - 1)
+    missing = min(max(round(bits * len(depths)) - int(whole.sum()), 0), len(depths))
+    whole[np.argsort(whole - depths, kind="stable")[:missing]] += 1
     bounded: FloatArray = np.clip(whole, LEAST, MOST)
     return bounded
 
