@@ -7,7 +7,7 @@ others have lost something too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 from transquant.searching.budget import Budget
 from transquant.searching.policy import Policy
@@ -15,8 +15,8 @@ from transquant.searching.prediction import TINY, Predictor
 from transquant.searching.searchers.lagrange import solve
 from transquant.searching.trial import Trials
 
-SHARES = (0.25, 0.5, 0.75, 0.95)  # of a group's channels
-ENOUGH = 128  # samples, about
+SHARES = (0.25, 0.5, 0.9)  # of a group's channels
+ENOUGH = 4  # micro-batches
 
 Progress = Callable[[str, int, int], None]
 
@@ -25,28 +25,32 @@ def correct(predictor: Predictor, budget: Budget, trials: Trials, say: Progress)
     """Correct the removals of a predictor, in two rounds."""
     groups = predictor.space.groups
     none = Policy(dict.fromkeys(groups, 0), dict.fromkeys(predictor.space.weights, 8.0))
-    _round(predictor, none, trials, lambda done: say("groups", done, 2 * len(groups)))
+    shares = {g: {min(max(round(share * c), 1), c - 1) for share in SHARES} for g, c in groups.items()}
+    _round(predictor, none, shares, trials, lambda done: say("groups", done, 2 * len(groups)))
     near, _ = budget.enforced(predictor, solve(predictor, budget))
     if any(near.removed.values()):
-        _round(predictor, near, trials, lambda done: say("groups", len(groups) + done, 2 * len(groups)))
+        around = {g: {k // 2, k, (k + c) // 2} - {0, c} for (g, k), c in zip(near.removed.items(), groups.values(), strict=True)}
+        _round(predictor, near, around, trials, lambda done: say("groups", len(groups) + done, 2 * len(groups)))
 
 
-def _round(predictor: Predictor, around: Policy, trials: Trials, say: Callable[[int], None]) -> None:
-    """Each group's costs, the others as a policy has them; so that their sum at the policy is what it does to the outputs."""
+def _round(
+    predictor: Predictor, around: Policy, counts: Mapping[str, Iterable[int]], trials: Trials, say: Callable[[int], None]
+) -> None:
+    """Each group's costs at some numbers of channels, the others as a policy has them; so that their sum at the policy is what it
+    does to the outputs."""
 
-    def distortion(removed: dict[str, int]) -> float:
+    def distortion(removed: Mapping[str, int]) -> float:
         kept = trials.kept(predictor, Policy(removed, around.bits))
         return trials.reference.compared(trials.network(kept), ENOUGH) if kept else 0.0
 
-    found = {}
-    for done, (name, channels) in enumerate(predictor.space.groups.items()):
-        others = dict(around.removed)
-        without = distortion({**others, name: 0})
-        counts = sorted({min(max(round(share * channels), 1), channels - 1) for share in SHARES})
-        found[name] = counts, [max(distortion({**others, name: count}) - without, TINY) for count in counts]
+    here, found = distortion(around.removed), {}
+    for done, (name, numbers) in enumerate(counts.items()):
+        own, others = around.removed[name], dict(around.removed)
+        each = {k: here if k == own else distortion({**others, name: k}) for k in {0, *numbers}}
+        found[name] = sorted(numbers), [max(each[k] - each[0], TINY) for k in sorted(numbers)]
         say(done + 1)
-    for name, (counts, costs) in found.items():
-        predictor.corrected(name, counts, costs)
+    for name, (numbers, costs) in found.items():
+        predictor.corrected(name, numbers, costs)
     expected = predictor.removed(around.removed)
     if expected > TINY:
-        predictor.scaled(distortion(dict(around.removed)) / expected)
+        predictor.scaled(here / expected)

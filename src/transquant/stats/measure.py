@@ -39,14 +39,12 @@ class Reference:
         mean = total / max(count, 1)
         return mean if mean == mean else float("inf")
 
-    def compared(self, other: nn.Module, most: float = float("inf")) -> float:
-        """Mean distance of the outputs of another network, in units of the metric, on the first batches with `most` predictions or
-        values, or on all; not finite outputs count as infinitely far."""
+    def compared(self, other: nn.Module, most: int | None = None) -> float:
+        """Mean distance of the outputs of another network, in units of the metric, on the first `most` micro-batches or on all; not
+        finite outputs count as infinitely far."""
         total, count = 0.0, 0
         with torch.no_grad():
-            for batch, expected in zip(self.batches, self._outputs, strict=True):
-                if count >= most:
-                    break
+            for batch, expected in zip(self.batches[:most], self._outputs[:most], strict=True):
                 part, number = distance(expected, self.run(other, batch).float().cpu(), self.metric)
                 total, count = total + part, count + number
         mean = total / max(count, 1)
