@@ -196,6 +196,27 @@ def test_examples_of_every_kind_and_models_that_fail_on_them():
         pruning.channel_groups(Two(), x)
 
 
+def test_inputs_that_are_left_out():
+    class Some(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x, add=None, factor=2.0, *, scale=None):
+            x = self.a(x) if add is None else self.a(x) + add
+            return self.b(x * factor if scale is None else x * scale)
+
+    x, one = torch.randn(3, 4), torch.tensor(1.5)
+    for example in (x, {"x": x, "factor": one}, {"x": x, "scale": one}, (x, one)):
+        assert [g.name for g in pruning.channel_groups(Some(), example)] == ["a"]
+
+    class Any(Some):
+        def forward(self, *inputs):
+            return self.b(self.a(inputs[0]).mul_(inputs[1]))
+
+    assert [g.name for g in pruning.channel_groups(Any(), (x, one))] == ["a"]
+
+
 def test_the_model_stays_as_it_is():
     net = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 2)).train()
     before = {k: v.clone() for k, v in net.state_dict().items()}

@@ -14,8 +14,8 @@ import transquant as tq
 from mutators import mutant
 from test_removal import Stream, chosen, images_of, randomised
 from tqfile import split
-from transquant import inference, pruning, reader
-from transquant.channels import MARK, KeptChannels, Slice, mask_of, shapes_after, shapes_before
+from transquant import inference, pruning, reader, training
+from transquant.channels import MARK, KeptChannels, Slice, mask_of, shapes_after, shapes_before, steps_of
 from transquant.container import read_container
 from transquant.errors import CorruptFile, FileError, InputError
 
@@ -154,6 +154,14 @@ def test_a_model_that_was_changed_after_pruning(small):
     assert read_container(tq.compress(other, step=0.1, effort=1).data).kept == ()
 
 
+def test_training_keeps_the_list(small, images):
+    other = copy.deepcopy(small)
+    training.prepare(other, bits=6.0)
+    hardened = training.harden(other)
+    assert read_container(hardened.data).kept == steps_of(small)
+    assert far(other, hardened.install(original()), images) < 1e-5
+
+
 @pytest.mark.slow
 def test_onnx_of_the_original_class(compressed, images, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
@@ -282,9 +290,9 @@ def test_mutants_of_a_list_are_read_or_refused(compressed):
 
 
 GOLDEN = [  # two steps, and a third from what they had left; starts are those that the steps before have left
-    [6, "b4", [[0], [1], [4], [5, 0, 0, 2], [6, 1, 0, 8]]],
-    [5, "68", [[2], [3], [4, 0, 4], [5, 0, 8, 2], [6, 1, 32, 8]]],
-    [3, "a", [[2], [3], [4, 0, 4], [5, 0, 8, 2], [6, 1, 32, 8]]],
+    [6, "b4", [[1], [2], [5], [6, 0, 0, 2], [7, 1, 0, 8]]],
+    [5, "68", [[3], [4], [5, 0, 4], [6, 0, 8, 2], [7, 1, 32, 8]]],
+    [3, "a", [[3], [4], [5, 0, 4], [6, 0, 8, 2], [7, 1, 32, 8]]],
 ]
 
 
@@ -296,6 +304,7 @@ def test_the_golden_file():
             super().__init__()
             self.left, self.right, self.norm = nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(1, 5, 1), nn.BatchNorm2d(11)
             self.deep, self.head = nn.Conv2d(11, 22, 3, groups=11, bias=False), nn.Linear(22 * 4, 3)
+            self.register_buffer("table", torch.zeros(5, dtype=torch.int64))
 
         def forward(self, x):
             x = self.norm(torch.cat([torch.relu(self.left(x)), torch.relu(self.right(x))], 1))

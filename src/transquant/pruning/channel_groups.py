@@ -40,12 +40,14 @@ def channel_groups(model: nn.Module, example: Any) -> tuple[ChannelGroup, ...]:
     twin = deep_copy(model).eval()
     args, kwargs = arguments(example)
     outputs(twin, example)
-    given = _bound(twin, args, kwargs)
+    bound = inspect.signature(twin.forward).bind(*args, **kwargs)
+    left_out = _left_out(twin, bound.arguments)
+    bound.apply_defaults()
     try:
-        graph = fx.GraphModule(twin, fx.Tracer().trace(twin, _left_out(twin, given)))
+        graph = fx.GraphModule(twin, fx.Tracer().trace(twin, left_out))
         follower = _Follower(graph, twin)
         with torch.no_grad():
-            follower.run(*given.values())
+            follower.run(*bound.args, *bound.kwargs.values())
     except Exception as error:  # whatever the model's own code makes of what stands for tensors
         reason = (str(error) or type(error).__name__).strip().splitlines()[0][:200]
         raise NotFollowed(
@@ -197,11 +199,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         yield from chain.from_iterable(map(_tensors, value.values()))
     elif isinstance(value, list | tuple):
         yield from chain.from_iterable(map(_tensors, value))
-
-
-def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs by the names of forward's parameters, in their order."""
-    return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
 
 
 def _left_out(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any] | None:
