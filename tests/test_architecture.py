@@ -19,7 +19,7 @@ ROOMS = {p.name for p in PACKAGE.iterdir() if (p / "__init__.py").exists()}
 # what any room may use: records, errors and the helpers that know nothing of the domain
 COMMON = {"records", "errors", "workers", "memory", "fingerprint", "grid", "trellis_code", "channels", "copying"}
 # composed of rooms, above them: these may import any room, and no other room may import them
-COMPOSERS = {"cli", "demo", "features", "integrations", "training"}
+COMPOSERS = {"cli", "demo", "features", "integrations", "searching", "training"}
 
 
 def modules():

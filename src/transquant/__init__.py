@@ -20,12 +20,14 @@ from transquant.report import Report
 if TYPE_CHECKING:
     from transquant import features, integrations, pruning, reader, training
     from transquant.codec import CompressedModel, compress, load
+    from transquant.searching import SearchResult, search
 
 __version__ = "0.1.0"
 __all__ = [
     "CompressedModel",
     "Limits",
     "Report",
+    "SearchResult",
     "__version__",
     "compress",
     "errors",
@@ -34,6 +36,7 @@ __all__ = [
     "load",
     "pruning",
     "reader",
+    "search",
     "training",
 ]
 
@@ -41,6 +44,8 @@ _LAZY = {
     "compress": "codec",
     "load": "codec",
     "CompressedModel": "codec",
+    "SearchResult": "searching",
+    "search": "searching",
     "reader": "",
     "features": "",
     "integrations": "",

@@ -50,6 +50,7 @@ from transquant.records import (
 )
 from transquant.refinement import live_in_order, samples_in_order
 from transquant.report import Report
+from transquant.row_depths import parse_depths
 from transquant.running import install as run_as
 from transquant.running import tensors
 from transquant.stats import Reference
@@ -171,6 +172,7 @@ def compress(
     step: float | None = None,
     max_drop: tuple[Callable[[Any], float], float] | None = None,
     activations: float | None = None,
+    depths: Mapping[str, Any] | None = None,
     metric: str = "auto",
     transform: str = "auto",
     axis: str | None = None,
@@ -199,6 +201,9 @@ def compress(
     higher is better.
     `activations`: bits a value, 2 to 8 on average over all inputs of coded layers, to which modes "activations" and "int8" of
     `install` quantize them (docs/activations.md); None: not.
+    `depths`: {weight: bits a row, (O,) or one for all, 0 to 16} says how the steps of rows compare: R·2^(1−bits), R the row's
+    largest magnitude, times a factor for the whole file that the target sets, or `step` itself (1: the very depths); a row of 0
+    bits is zero. Without transforms.
     `metric`: "kl", "mse", "weights" or "auto". `transform`: "auto" takes for each layer what costs least, its basis included;
     "identity", "dct", "klt", "elt" force one wherever it fits, over `axis` "kernel", "input", "output" or "joint" (None: the
     best of them). `coding`: "entropy", or "fixed" for bit depths a group of bands, packed (Young et al.). `coder`: "adaptive", or
@@ -232,7 +237,9 @@ def compress(
         raise InputError(
             "objective 'macs' needs calibration data, a metric of the output, transform 'auto', coding 'entropy' and feedback"
         )
-    if macs is not None:  # any other transform would cost some
+    if depths is not None and (macs is not None or coding != "entropy" or transform not in ("auto", "identity")):
+        raise InputError("depths need coding 'entropy', objective 'bytes', and transform 'identity' or 'auto'")
+    if macs is not None or depths is not None:  # any other transform would cost some, or change what a row is
         method = replace(method, transform="identity")
     say = progress or (lambda stage, done, total: None)
     given = {"bits": bits, "size": size, "ratio": ratio, "distortion": distortion, "step": step, "max_drop": max_drop}
@@ -244,11 +251,13 @@ def compress(
         raise InputError("verify needs calibration data: without it there is nothing to measure")
     if calibration is None and metric in ("kl", "mse"):
         raise InputError(f"metric {metric!r} needs calibration data; without it the metric is 'weights'")
+    rows = parse_depths(plan, depths)
     input_bits = parse_activations(activations, calibration is not None and metric != "weights")
 
     folder = None if work is None else lambda: WorkFolder(work, KEPT)
     with torch.inference_mode(False), unchanged(module), workers(folder) as pool:
-        options = given if max_drop is None else "max_drop", method, macs, metric, effort, seed, verify, work is None, input_bits
+        asked_for = given if max_drop is None else "max_drop"
+        options = asked_for, method, macs, metric, effort, seed, verify, work is None, input_bits, rows
         pool.processes.agree("models or options", options, plan, state)
         source = Source(*modules.gather(plan, state))
         most = samples_in_order(plan, effort) if method.feedback else 0
@@ -259,7 +268,9 @@ def compress(
         )  # fmt: skip
         stats, reference = seen.stats, seen.reference
         inputs = None if input_bits is None else plan_activations(stats, input_bits, pool)
-        encoder = Encoder(plan, source, stats, pool, method, activations=inputs)
+        encoder = Encoder(plan, source, stats, pool, method, activations=inputs, depths=rows)
+        if rows and target.kind == "step":
+            target = replace(target, value=target.value * encoder.unit)
         if macs is not None and seen.calls is not None:
             ranks, share = choose_ranks(plan, encoder.layers, source.values, seen.calls, macs)
             encoder = encoder.transformed(ranks)
@@ -286,6 +297,8 @@ def compress(
     }
     if macs is not None:
         settings["macs"] = {"share": share, "bands": {name: rank.kept for name, rank in ranks.items()}}
+    if rows:
+        settings["factor"] = draft.c / encoder.unit
     if work is not None:
         settings["work"] = {"layers_taken": taken, "layers_computed": computed}
     if search.scores:

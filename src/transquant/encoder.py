@@ -55,6 +55,7 @@ from transquant.records import (
     VectorSpec,
     WeightSpec,
 )
+from transquant.row_depths import row_steps
 from transquant.weights import CodedWeight, code_weight, quarter_octaves
 from transquant.workers import Workers
 
@@ -113,6 +114,7 @@ class Encoder:
     def __init__(
         self, plan: Plan, source: Source, stats: Statistics, pool: Workers, method: Method = METHOD,
         transforms: Mapping[str, LayerTransform] | None = None, activations: ActivationPlan | None = None,
+        depths: Mapping[str, FloatArray] | None = None,
     ) -> None:  # fmt: skip
         self.plan, self.source, self.stats, self.pool, self.method = plan, source, stats, pool, method
         self.transforms = transforms or {}  # by weight; what is left out has none
@@ -126,6 +128,8 @@ class Encoder:
             else (layer if name in stats.absorbers else replace(layer, input_mean=None))
             for name, layer in stats.layers.items()
         }
+        given = row_steps(depths or {}, source.values, self.layers)
+        self.row_steps, self.unit = given.steps, given.unit  # where the caller has said how rows compare
         self.idle_level = _mean_energy(self.layers, source.values)
         self.done: dict[str, CodedWeight] = {}  # weights that are quantized already
         self.scale = 1.0  # weights of the model to those here, where this is a sample's encoder
@@ -146,7 +150,7 @@ class Encoder:
         if self.plan.num_weights <= LARGE:
             return self
         twin, own, specs = copy(self), dict[str, FloatArray](), list[Spec]()
-        twin.layers = {}
+        twin.layers, steps_of = {}, dict[str, FloatArray]()
         for spec in self.plan.specs:
             if isinstance(spec, WeightSpec):
                 height, layer = spec.shape[0] // spec.groups, self.layers[spec.name]
@@ -156,9 +160,11 @@ class Encoder:
                 twin.layers[spec.name] = replace(layer, output_moment=g, input_mean=None)
                 rows = (np.arange(spec.groups)[:, None] * height + kept).reshape(-1)
                 own[spec.name] = self.source.values[spec.name][rows]
+                if spec.name in self.row_steps:
+                    steps_of[spec.name] = self.row_steps[spec.name][rows]
                 spec = replace(spec, shape=(len(rows), *spec.shape[1:]))
             specs.append(spec)
-        twin.plan = replace(self.plan, specs=tuple(specs))
+        twin.plan, twin.row_steps = replace(self.plan, specs=tuple(specs)), steps_of
         twin.source = replace(self.source, values=_overlaid(self.source.values, own))
         twin.scale, twin.streamed = self.plan.num_weights / twin.plan.num_weights, False
         twin.known = {}
@@ -185,7 +191,8 @@ class Encoder:
         if self.pool.folder is not None:
             specs = {s.name: s for s in self.plan.specs}
             for name in names:
-                self.known[name] = fingerprint(specs[name], self.source.values[name], self.layers[name], self.idle_level)
+                own = self.source.values[name], self.layers[name], self.idle_level, self.row_steps.get(name)
+                self.known[name] = fingerprint(specs[name], *own)
 
     def weights(self, names: Sequence[str], c: float, choice: Choice) -> dict[str, CodedWeight]:
         """Quantize some weights with a scalar c that is on the format's grid."""
@@ -312,7 +319,8 @@ class Encoder:
         weight, stats = self.source.values[spec.name], self.layers[spec.name]
         if not (stats.input_moment.any() and stats.output_moment.any()):
             return CodedWeight(self._idle_weight(spec, weight, step), 0.0, None)
-        return code_weight(spec, weight, stats, c, step, choice, self.transform(spec), self.method)
+        rows = self.row_steps.get(spec.name)
+        return code_weight(spec, weight, stats, c, step, choice, self.transform(spec), self.method, rows)
 
     def transform(self, spec: WeightSpec) -> LayerTransform:
         """The transform of a weight; fixed-length codes have band groups even without one."""

@@ -46,7 +46,8 @@ def _curve(encoder: Encoder, reference: Reference, spec: WeightSpec, c: float, c
     edges = np.unique(np.linspace(0, channels, min(GROUPS, channels) + 1).astype(int))
     for factor in FACTORS:
         step = global_step(c * factor)
-        coded = code_weight(spec, weight, stats, c * factor, step, choice, encoder.transform(spec), encoder.method)
+        rows = encoder.row_steps.get(spec.name)
+        coded = code_weight(spec, weight, stats, c * factor, step, choice, encoder.transform(spec), encoder.method, rows)
         error = weight - dequantized(coded.tensor, step)
         for first, last in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
             part = np.zeros_like(error)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transquant.allocation.depths import DepthTable
-from transquant.allocation.steps import StepPlan, matrix_steps
+from transquant.allocation.steps import StepPlan, matrix_steps, row_plan
 from transquant.bitstream import tensor_values
 from transquant.choices import IDENTITY, Choice, LayerTransform, Method
 from transquant.dequantizer import dequantize
@@ -74,14 +74,16 @@ def lagrangian(c: float) -> float:
 
 def code_weight(
     spec: WeightSpec, weight: FloatArray, stats: LayerStats, c: float, step: tuple[int, int], choice: Choice,
-    transform: LayerTransform, method: Method,
+    transform: LayerTransform, method: Method, rows: FloatArray | None = None,
 ) -> CodedWeight:  # fmt: skip
-    """Quantize one weight, float64 (O, n), whose `stats` are not all zero. `step`: the global step on the format's grid."""
+    """Quantize one weight, float64 (O, n), whose `stats` are not all zero. `step`: the global step on the format's grid. `rows`:
+    log2 of the rows' steps relative to it, float64 (O,), where the caller has said (entropy coding without a transform)."""
     moments, damped, variance = metric_of(weight, stats, c, choice)
     coding = "f" if method.coding == "fixed" else "u"
     entry = CodedEntry(spec.name, spec.shape, spec.dtype, transform=transform.kind, axis=transform.axis, coding=coding)  # type: ignore[arg-type]
     part = _fixed if coding == "f" else _of_rank if transform.kept else _entropy_coded
-    tensor, frame, decoded = part(entry, weight, moments, damped, variance, c, step, choice, transform, method)
+    known = {} if rows is None else {"rows": rows}
+    tensor, frame, decoded = part(entry, weight, moments, damped, variance, c, step, choice, transform, method, **known)
     error = weight - (decoded if frame is None else frame.synthesize(decoded))
     del decoded  # matrices are large
     shift = None if stats.input_mean is None else np.zeros((len(moments), len(weight) // len(moments)))
@@ -107,15 +109,20 @@ def predicted(error: FloatArray, stats: LayerStats) -> float:
 
 def _entropy_coded(
     entry: CodedEntry, weight: FloatArray, moments: Moments, damped: Moments, variance: float, c: float, step: tuple[int, int],
-    choice: Choice, transform: LayerTransform, method: Method, foldable: bool = True,
+    choice: Choice, transform: LayerTransform, method: Method, foldable: bool = True, rows: FloatArray | None = None,
 ) -> tuple[CodedTensor, Frame | None, FloatArray]:  # fmt: skip
     """One step index and half-octave exponents; symbols for the entropy coder."""
     frame = frame_of(entry, weight, damped, transform, c if not method.feedback else None)
     factors = [_factors(frame, a, g, method.feedback) for a, g in damped]
-    plan = matrix_steps(
-        np.stack([g.diagonal for _, g in factors]), np.stack([a.diagonal for a, _ in factors]), entry.group_columns,
-        choice.grouping,
-    )  # fmt: skip
+    if rows is None:
+        plan = matrix_steps(
+            np.stack([g.diagonal for _, g in factors]), np.stack([a.diagonal for a, _ in factors]), entry.group_columns,
+            choice.grouping,
+        )  # fmt: skip
+    else:
+        plan = row_plan(rows)
+        if np.isinf(rows).any():  # zeros are to stay: in a trellis symbol 0 has a value
+            method = replace(method, state_bits=0)
     if method.state_bits:
         plan = replace(plan, qp=min(plan.qp + PATH_QUARTERS, MAX_QP))
     coeffs = weight if frame is None else frame.analyze(weight)

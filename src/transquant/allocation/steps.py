@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from transquant.grid import MAX_EXPONENT, nearest_qp
+from transquant.grid import MAX_EXPONENT, MAX_QP, nearest_qp
 from transquant.records import FloatArray, IntArray
 
 
@@ -45,6 +45,16 @@ def matrix_steps(output_diagonal: FloatArray, input_diagonal: FloatArray, taps: 
         _exponents(rows - mean, grouping.spread) if "r" in grouping.groups else None,
         _exponents(columns, grouping.spread) if "c" in grouping.groups else None,
     )
+
+
+def row_plan(log_steps: FloatArray) -> StepPlan:
+    """Steps of rows that are known, to the nearest half octaves: log2 of them relative to the global step, float64 (O,); infinite
+    where every symbol is to be 0."""
+    finite = np.isfinite(log_steps)
+    qp = int(np.clip(np.rint(4 * log_steps[finite].mean()), -MAX_QP, MAX_QP)) if finite.any() else 0
+    exponents = np.where(finite, np.rint((4 * np.where(finite, log_steps, 0.0) - qp) / 2), MAX_EXPONENT)
+    clipped = np.clip(exponents, -MAX_EXPONENT, MAX_EXPONENT).astype(np.int32)
+    return StepPlan(qp, clipped if clipped.any() else None, None)
 
 
 def _exponents(log_sensitivity: FloatArray, spread: float) -> IntArray | None:

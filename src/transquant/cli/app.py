@@ -12,7 +12,7 @@ from functools import wraps
 import typer
 
 from transquant import __version__
-from transquant.cli import commands, features
+from transquant.cli import commands, features, searching
 from transquant.cli.launch import be_silent, joined, leads, leave
 from transquant.errors import OutputError, TransquantError
 
@@ -63,7 +63,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 
 maps = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Code what a network passes from layer to layer.")
-for group, verbs in ((app, commands.COMMANDS), (maps, features.COMMANDS)):
+for group, verbs in ((app, {**commands.COMMANDS, "search": searching.search}), (maps, features.COMMANDS)):
     for name, command in verbs.items():
         group.command(name)(_guarded(command))
 app.add_typer(maps, name="features")

@@ -39,6 +39,17 @@ class Reference:
         mean = total / max(count, 1)
         return mean if mean == mean else float("inf")
 
+    def compared(self, other: nn.Module, most: int | None = None) -> float:
+        """Mean distance of the outputs of another network, in units of the metric, on the first `most` micro-batches or on all; not
+        finite outputs count as infinitely far."""
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for batch, expected in zip(self.batches[:most], self._outputs[:most], strict=True):
+                part, number = distance(expected, self.run(other, batch).float().cpu(), self.metric)
+                total, count = total + part, count + number
+        mean = total / max(count, 1)
+        return mean if mean == mean else float("inf")
+
     def _distance(self, number: int) -> tuple[float, int]:
         return distance(self._outputs[number], self._output(self.batches[number]), self.metric)
 

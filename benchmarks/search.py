@@ -1,0 +1,170 @@
+"""Searches for channels and bits: who searches best, and what comes of it on three networks.
+
+    python benchmarks/search.py searchers              # every searcher, 300 episodes, three seeds, ResNet-20 and SqueezeNet: hours
+    python benchmarks/search.py mobilenet              # MobileNetV1 0.25, five times smaller, mixed precision, no training
+    python benchmarks/search.py half                   # ResNet-20, half of the multiply-adds, a fifth of the bytes, 8-bit rows
+    python benchmarks/search.py searchers --episodes 10 --seeds 1 --samples 100     # to try it out: nothing is kept
+
+Searchers: the same budgets, predictions and numbers of episodes for all; "predicted" is the best reward, −log10 of the predicted
+distortion, "measured" the value of the chosen policy's file on held-back calibration samples, minus its KL divergence in nats.
+MobileNetV1: two folds of the 1,000 sample images, calibrated on one half and scored on the other, both ways. ResNet-20: calibrated
+on 2,048 training images, scored on all test images; `found()` gives the network to train, `tuned()` the file of the trained one.
+Each result is a file in benchmarks/search/, and is not measured again while it is there. Writes the table in docs/search.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import transquant as tq
+from main_job import folds
+from networks import accuracy, cifar10, logits, network
+from pages import insert_table
+from transquant.searching.searchers import METHODS
+
+RESULTS = Path(__file__).with_suffix("")
+CACHE = Path(__file__).parent / "cache" / "search"
+TITLES = {"resnet20": "ResNet-20", "squeezenet": "SqueezeNet 1.1"}
+BUDGETS: dict[str, dict[str, Any]] = {"resnet20": {"ratio": 10, "macs": 0.7}, "squeezenet": {"ratio": 8, "macs": 0.85}}
+EPISODES, SEEDS, SAMPLES = 300, 3, {"resnet20": 2048, "squeezenet": 500}
+HALF: dict[str, Any] = {"ratio": 5, "macs": 0.5, "precision": 8}
+
+
+def searchers_cell(name: str, method: str, seed: int, episodes: int, samples: int) -> dict[str, Any]:
+    """One searcher on one network."""
+    calibration, *_ = folds(name)[0]
+    start = time.perf_counter()
+    result = tq.search(
+        network(name), calibration[:samples].split(100), **BUDGETS[name], method=method, episodes=episodes, seed=seed, effort=1
+    )
+    rewards = [e.reward for e in result.episodes]
+    return {
+        "network": name, "method": method, "seed": seed, "episodes": episodes, **BUDGETS[name],
+        "first": rewards[0], "predicted": max(rewards), "measured": result.report.measured.value,
+        "measured_bytes": result.report.measured.bytes, "file": result.report.as_dict(),
+        "episode_seconds": sum(e.seconds for e in result.episodes), "seconds": time.perf_counter() - start,
+    }  # fmt: skip
+
+
+def mobilenet(episodes: int, samples: int) -> dict[str, Any]:
+    """MobileNetV1 0.25 over two folds: top-5 before and after, paired."""
+    model = network("mobilenet")
+    before, after, sizes, macs, seconds = [], [], [], [], []
+    for calibration, images, labels in folds("mobilenet"):
+        start = time.perf_counter()
+        result = tq.search(model, calibration[:samples].split(100), ratio=5, episodes=episodes)
+        seconds.append(time.perf_counter() - start)
+        sizes.append(len(result.compressed.data))
+        macs.append(result.report.macs[1] / result.report.macs[0])
+        before.append(top5(model, images, labels))
+        after.append(top5(result.compressed.install(network("mobilenet")), images, labels))
+    difference = torch.cat(after) - torch.cat(before)
+    return {
+        "network": "mobilenet", "ratio": 5, "episodes": episodes, "bytes": sizes, "macs": macs, "seconds": seconds,
+        "top5_float": 100 * torch.cat(before).mean().item(), "top5": 100 * torch.cat(after).mean().item(),
+        "difference": 100 * difference.mean().item(), "standard_error": 100 * difference.std().item() / len(difference) ** 0.5,
+    }  # fmt: skip
+
+
+def found(episodes: int = EPISODES, samples: int = 2048) -> tuple[tq.SearchResult, Tensor]:
+    """ResNet-20 at half of its multiply–adds, and the calibration images; searched for once, then taken from the record."""
+    images, _ = cifar10("train", limit=samples)
+    work = CACHE / f"half-{episodes}-{samples}"
+    return tq.search(network("resnet20"), images.split(256), **HALF, episodes=episodes, work=work), images
+
+
+def tuned(model: nn.Module, images: Tensor) -> tq.CompressedModel:
+    """The file of the network that was found, trained: 8-bit rows; the file says which channels were kept."""
+    weights = [name for name, value in model.named_parameters() if value.ndim > 1]
+    return tq.compress(model, images.split(256), step=1.0, depths=dict.fromkeys(weights, 8))
+
+
+def half(episodes: int, samples: int) -> dict[str, Any]:
+    """What `found` gives, before training."""
+    start = time.perf_counter()
+    result, _ = found(episodes, samples)
+    seconds = time.perf_counter() - start
+    test = cifar10("test")
+    scores = {
+        "float": accuracy(network("resnet20"), *test), "pruned": accuracy(result.network, *test),
+        "file": accuracy(result.compressed.install(network("resnet20")), *test),
+    }  # fmt: skip
+    return {"network": "resnet20", **HALF, "episodes": episodes, "top1": scores, "removed": dict(result.policy.removed),
+            "report": result.report.as_dict(), "seconds": seconds}  # fmt: skip
+
+
+def top5(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Whether each label is among the five largest logits."""
+    return (logits(model, images, 100).topk(5, 1).indices == labels[:, None]).any(1).float()
+
+
+def kept(name: str, measure: Any, keep: bool) -> dict[str, Any]:
+    """A result by name: as it was measured, or measured now."""
+    path = RESULTS / f"{name}.json"
+    if keep and path.exists():
+        found_before: dict[str, Any] = json.loads(path.read_text())
+        return found_before
+    row: dict[str, Any] = measure()
+    print(name, json.dumps(row), file=sys.stderr, flush=True)
+    if keep:
+        RESULTS.mkdir(exist_ok=True)
+        path.write_text(json.dumps(row, indent=1) + "\n")
+    return row
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Searchers side by side: mean and spread over seeds."""
+    lines = [
+        "| network | searcher | first proposal | best reward | measured value | seconds of search |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in TITLES:
+        for method in METHODS:
+            mine = [r for r in rows if (r["network"], r["method"]) == (name, method)]
+            if mine:
+                cells = [spread([r[key] for r in mine]) for key in ("first", "predicted", "measured")]
+                seconds = statistics.mean(r["episode_seconds"] for r in mine)
+                lines.append(f"| {TITLES[name]} | {method} | {' | '.join(cells)} | {seconds:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def spread(values: list[float]) -> str:
+    """Mean ± standard deviation."""
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values) if len(values) > 1 else 0.0:.3f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Searches for channels and bits.")
+    parser.add_argument("part", choices=["searchers", "mobilenet", "half"])
+    parser.add_argument("--episodes", type=int, default=EPISODES)
+    parser.add_argument("--samples", type=int, help="calibration samples, where not all")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--networks", nargs="*", default=list(TITLES), choices=list(TITLES))
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    given = parser.parse_args()
+    keep = (given.episodes, given.samples) == (EPISODES, None)
+    if given.part != "searchers":
+        measure = mobilenet if given.part == "mobilenet" else half
+        kept(given.part, lambda: measure(given.episodes, given.samples or 2048), keep)
+        return
+    rows = []
+    for name in given.networks:
+        for method in given.methods:
+            for seed in range(given.seeds):
+                cell = (name, method, seed, given.episodes, given.samples or SAMPLES[name])
+                rows.append(kept(f"{name}-{method}-{seed}", lambda cell=cell: searchers_cell(*cell), keep))
+                if keep:
+                    insert_table("docs/search.md", "search.py", table(rows))
+
+
+if __name__ == "__main__":
+    main()

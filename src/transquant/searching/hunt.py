@@ -1,0 +1,77 @@
+"""Episodes: propose, keep within the budget, predict; and some of them for real."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from transquant.errors import InputError
+from transquant.searching.budget import Budget
+from transquant.searching.episodes import Episode, Record
+from transquant.searching.prediction import Predictor
+from transquant.searching.searchers import searcher
+from transquant.searching.trial import Trials
+
+_log = logging.getLogger("transquant")
+
+FINALISTS = 4  # policies that are tried for real at the end
+
+Progress = Callable[[str, int, int], None]
+
+
+class Hunt:
+    """Episodes, and what is tried for real."""
+
+    def __init__(
+        self, predictor: Predictor, budget: Budget, trials: Trials, record: Record, say: Progress,
+        watch: Callable[[Episode], None] | None,
+    ) -> None:  # fmt: skip
+        self.predictor, self.budget, self.trials, self.record = predictor, budget, trials, record
+        self.say, self.watch = say, watch
+        self.best: Episode | None = None
+
+    def walk(self, method: str, episodes: int, check_every: int, seed: int) -> None:
+        """All episodes; those that are on record are replayed. Raises InputError where the record is another search's."""
+        agent = searcher(method, self.predictor, self.budget, episodes, seed)
+        for number in range(episodes):
+            start = time.perf_counter()
+            policy, costs = self.budget.enforced(self.predictor, agent.propose())
+            agent.observe(policy, costs.reward)
+            known = self.record.known.get(number)
+            if known is not None and known.policy != policy:
+                raise InputError("the record of episodes is not this search's: delete it, or give another folder")
+            episode = known or Episode(number, policy, costs, time.perf_counter() - start)
+            if known is None:
+                self.record.add(episode)
+            if self.best is None or episode.reward > self.best.reward:
+                self.best = episode
+            if (number + 1) % check_every == 0 and number + 1 < episodes:
+                self.best = self.tried(self.best)
+            if self.watch:
+                self.watch(episode)
+            self.say("episodes", number + 1, episodes)
+
+    def tried(self, episode: Episode) -> Episode:
+        """The episode with what was measured, which goes on record."""
+        if episode.measured is None:
+            most = None if self.predictor.space.fixed else self.budget.bytes
+            found = self.trials.measured(self.predictor, episode.policy, most)
+            episode = replace(episode, measured=found)
+            self.record.add(episode)
+            gap = f"{episode.costs.bytes:.0f} bytes and distortion {episode.costs.distortion:.4g} predicted"
+            _log.info("episode %d: %s, %d bytes and value %.5g measured", episode.number, gap, found.bytes, found.value)
+        return episode
+
+    def choose(self) -> Episode:
+        """Of the best few by prediction, the one that is worth most."""
+        ranked: list[Episode] = []
+        for episode in sorted(self.record.known.values(), key=lambda e: (-e.reward, e.number)):
+            if all(episode.policy != other.policy for other in ranked):
+                ranked.append(episode)
+        finalists = []
+        for k, episode in enumerate(ranked[:FINALISTS]):
+            finalists.append(self.tried(episode))
+            self.say("trials", k + 1, min(FINALISTS, len(ranked)))
+        return max(finalists, key=lambda e: (e.measured.value if e.measured else -float("inf"), e.reward))
