@@ -17,6 +17,7 @@ from transquant.searching.trial import Trials
 
 SHARES = (0.25, 0.5, 0.9)  # of a group's channels
 ENOUGH = 4  # micro-batches
+LEAST, MOST = 0.5, 8.0  # times what a group costs alone: beside others it may seem to cost nothing, and would then be used up
 
 Progress = Callable[[str, int, int], None]
 
@@ -43,14 +44,18 @@ def _round(
         kept = trials.kept(predictor, Policy(removed, around.bits))
         return trials.reference.compared(trials.network(kept), ENOUGH) if kept else 0.0
 
-    here, found = distortion(around.removed), {}
+    here, found, beside = distortion(around.removed), {}, any(around.removed.values())
     for done, (name, numbers) in enumerate(counts.items()):
         own, others = around.removed[name], dict(around.removed)
         each = {k: here if k == own else distortion({**others, name: k}) for k in {0, *numbers}}
-        found[name] = sorted(numbers), [max(each[k] - each[0], TINY) for k in sorted(numbers)]
+        costs = {k: max(each[k] - each[0], TINY) for k in sorted(numbers)}
+        if beside:
+            alone = predictor.removals[name].costs
+            costs = {k: min(max(cost, LEAST * alone[k]), MOST * alone[k]) for k, cost in costs.items()}
+        found[name] = list(costs), list(costs.values())
         say(done + 1)
-    for name, (numbers, costs) in found.items():
-        predictor.corrected(name, numbers, costs)
+    for name, (places, values) in found.items():
+        predictor.corrected(name, places, values)
     expected = predictor.removed(around.removed)
     if expected > TINY:
         predictor.scaled(here / expected)
