@@ -30,8 +30,13 @@ from main_job import folds
 from networks import accuracy, cifar10, logits, network
 from pages import insert_table
 from training import crop_and_flip
+from transquant import modules
 from transquant.inference.cost import measure
+from transquant.searching.episodes import Record
+from transquant.searching.hunt import Hunt
+from transquant.searching.pipeline import Ready, ready
 from transquant.searching.searchers import METHODS
+from transquant.workers import workers
 
 RESULTS = Path(__file__).with_suffix("")
 CACHE = Path(__file__).parent / "cache" / "search"
@@ -41,19 +46,35 @@ EPISODES, SEEDS, SAMPLES = 300, 3, {"resnet20": 2048, "squeezenet": 500}
 HALF: dict[str, Any] = {"ratio": 5, "macs": 0.5, "precision": 8}
 
 
-def searchers_cell(name: str, method: str, seed: int, episodes: int, samples: int) -> dict[str, Any]:
-    """One searcher on one network."""
-    calibration, *_ = folds(name)[0]
+def searchers(name: str, methods: list[str], seeds: int, episodes: int, samples: int, keep: bool) -> list[dict[str, Any]]:
+    """All searchers on one network, with the same predictions, so that only they differ."""
+    cells = [(method, seed) for method in methods for seed in range(seeds)]
+    if keep and all((RESULTS / f"{name}-{method}-{seed}.json").exists() for method, seed in cells):
+        return [kept(f"{name}-{method}-{seed}", dict, keep) for method, seed in cells]
+    model, calibration = network(name), folds(name)[0][0][:samples]
+    plan = modules.plan_model(model)
+    most = plan.original_bytes / BUDGETS[name]["ratio"]
+    rows = []
+    with workers() as pool:
+        known = ready(model, list(calibration.split(100)), most, BUDGETS[name]["macs"], None, pool, lambda *_: None)
+        for method, seed in cells:
+            rows.append(kept(f"{name}-{method}-{seed}", lambda m=method, s=seed: cell(name, known, m, s, episodes, samples), keep))
+    return rows
+
+
+def cell(name: str, known: Ready, method: str, seed: int, episodes: int, samples: int) -> dict[str, Any]:
+    """One searcher with one seed."""
+    record = Record(None, "")
+    hunt = Hunt(known.predictor, known.budget, known.trials, record, lambda *_: None, None)
     start = time.perf_counter()
-    result = tq.search(
-        network(name), calibration[:samples].split(100), **BUDGETS[name], method=method, episodes=episodes, seed=seed, effort=1
-    )
-    rewards = [e.reward for e in result.episodes]
+    hunt.walk(method, episodes, episodes, seed)
+    seconds = time.perf_counter() - start
+    chosen = hunt.choose()
+    rewards = [record.known[k].reward for k in range(episodes)]
     return {
-        "network": name, "method": method, "seed": seed, "episodes": episodes, **BUDGETS[name],
-        "first": rewards[0], "predicted": max(rewards), "measured": result.report.measured.value,
-        "measured_bytes": result.report.measured.bytes, "file": result.report.as_dict(),
-        "episode_seconds": sum(e.seconds for e in result.episodes), "seconds": time.perf_counter() - start,
+        "network": name, "method": method, "seed": seed, "episodes": episodes, "samples": samples, **BUDGETS[name],
+        "first": rewards[0], "predicted": max(rewards), "measured": chosen.measured.value, "measured_bytes": chosen.measured.bytes,
+        "seconds": seconds, "torch": torch.__version__,
     }  # fmt: skip
 
 
@@ -147,7 +168,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             mine = [r for r in rows if (r["network"], r["method"]) == (name, method)]
             if mine:
                 cells = [spread([r[key] for r in mine]) for key in ("first", "predicted", "measured")]
-                seconds = statistics.mean(r["episode_seconds"] for r in mine)
+                seconds = statistics.mean(r["seconds"] for r in mine)
                 lines.append(f"| {TITLES[name]} | {method} | {' | '.join(cells)} | {seconds:.1f} |")
     return "\n".join(lines) + "\n"
 
@@ -173,12 +194,9 @@ def main() -> None:
         return
     rows = []
     for name in given.networks:
-        for method in given.methods:
-            for seed in range(given.seeds):
-                cell = (name, method, seed, given.episodes, given.samples or SAMPLES[name])
-                rows.append(kept(f"{name}-{method}-{seed}", lambda cell=cell: searchers_cell(*cell), keep))
-                if keep:
-                    insert_table("docs/search.md", "search.py", table(rows))
+        rows += searchers(name, given.methods, given.seeds, given.episodes, given.samples or SAMPLES[name], keep)
+    if keep:
+        insert_table("docs/search.md", "search.py", table(rows))
 
 
 if __name__ == "__main__":

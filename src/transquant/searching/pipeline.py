@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from copy import deepcopy
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from transquant.searching.survey import groups_of, survey, usable
 from transquant.searching.trial import Trials
 from transquant.stats import Reference
 from transquant.targets import parse_target
-from transquant.workers import workers
+from transquant.workers import Workers, workers
 
 _log = logging.getLogger("transquant")
 
@@ -107,31 +108,13 @@ def search(
     )
     record = Record(work, known.hex())
 
-    def run(network: nn.Module, batch: Any) -> Tensor:
-        return modules.run_batch(network, batch, forward, output)
-
     with torch.inference_mode(False), unchanged(model), workers() as pool:
-        source = Source(*modules.gather(plan, model.state_dict()))
-        seen = calibrate(
-            model, batches, plan, source, metric, forward, output, seed, pool, say, 0, None, False, False, False,
+        found = ready(
+            model, batches, most, macs, fixed, pool, say, criterion=criterion, metric=metric, forward=forward, output=output,
+            seed=seed, evaluate=evaluate,
         )  # fmt: skip
-        if seen.reference is None:
-            raise InputError("a search needs calibration data, and a metric of the output")
-        how = Method(transform="identity", state_bits=STATE_BITS)
-        encoder = Encoder(plan, source, seen.stats, pool, how)
-        example = seen.reference.batches[0]
-        found, physical = groups_of(model, example)
-        if not physical and macs is not None:
-            raise InputError("macs needs a network whose graph can be followed: here channels can only be made zero")
-        groups = usable(found, encoder)
-        predictor = survey(model, groups, encoder, example, run, criterion, fixed)
-        trials = Trials(model, groups, seen.stats, seen.reference, pool, how, physical, evaluate)
-        _fit(predictor, encoder, seen.reference)
-        whole = predictor.costs(predictor.space.with_bits(dict.fromkeys(predictor.space.groups, 0), _same_bits(predictor, MOST)))
-        budget = Budget(most, None if macs is None else macs * whole.macs)
-        budget.check(predictor, lambda policy: trials.draft(predictor, policy, None)[1])
-        correct(predictor, budget, trials, say)
-        hunt = Hunt(predictor, budget, trials, record, say, watch)
+        predictor, trials = found.predictor, found.trials
+        hunt = Hunt(predictor, found.budget, trials, record, say, watch)
         hunt.walk(method, episodes, check_every, seed)
         chosen = hunt.choose()
         network = trials.network(trials.kept(predictor, chosen.policy))
@@ -142,7 +125,11 @@ def search(
     compressed = _file(network, batches, most, fixed, options)
     small = compressed.install(deepcopy(network))
     assert chosen.measured is not None
-    one = _one_sample(example)
+
+    def run(network: nn.Module, batch: Any) -> Tensor:
+        return modules.run_batch(network, batch, forward, output)
+
+    one = _one_sample(trials.reference.batches[0])
     costs = measure({"whole": model, "small": small}, one, run, {"whole": 0, "small": 0}, LATENCY_RUNS)
     report = Summary(
         (plan.original_bytes, len(compressed.data)), (plan.num_parameters, sum(p.numel() for p in small.parameters())),
@@ -151,7 +138,47 @@ def search(
     )  # fmt: skip
     _log.info("%s", report)
     ordered = [record.known[k] for k in range(episodes)]
-    return SearchResult(small, compressed, chosen.policy, ordered, report, network, predictor.space.groups, not physical)
+    return SearchResult(small, compressed, chosen.policy, ordered, report, network, predictor.space.groups, not trials.physical)
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What a search knows before its first episode."""
+
+    predictor: Predictor
+    budget: Budget
+    trials: Trials
+
+
+def ready(
+    model: nn.Module, batches: list[Any], most: float | None, macs: float | None, fixed: int | None, pool: Workers,
+    say: Progress, *, criterion: str = "sensitivity", metric: str = "auto", forward: Callable[[nn.Module, Any], Any] | None = None,
+    output: Callable[[Any], Tensor] | None = None, seed: int = 0, evaluate: Callable[[nn.Module], float] | None = None,
+) -> Ready:  # fmt: skip
+    """Statistics, groups, and predictions that are fitted to real files and outputs. `most`: bytes; `fixed`: the depth of all rows,
+    or None; the others as of `search`. Raises InputError, TargetError."""
+    plan = modules.plan_model(model)
+    source = Source(*modules.gather(plan, model.state_dict()))
+    seen = calibrate(
+        model, batches, plan, source, metric, forward, output, seed, pool, say, 0, None, False, False, False,
+    )  # fmt: skip
+    if seen.reference is None:
+        raise InputError("a search needs calibration data, and a metric of the output")
+    how = Method(transform="identity", state_bits=STATE_BITS)
+    encoder = Encoder(plan, source, seen.stats, pool, how)
+    example = seen.reference.batches[0]
+    found, physical = groups_of(model, example)
+    if not physical and macs is not None:
+        raise InputError("macs needs a network whose graph can be followed: here channels can only be made zero")
+    groups = usable(found, encoder)
+    predictor = survey(model, groups, encoder, example, lambda m, x: modules.run_batch(m, x, forward, output), criterion, fixed)
+    trials = Trials(model, groups, seen.stats, seen.reference, pool, how, physical, evaluate)
+    _fit(predictor, encoder, seen.reference)
+    whole = predictor.costs(predictor.space.with_bits(dict.fromkeys(predictor.space.groups, 0), _same_bits(predictor, MOST)))
+    budget = Budget(most, None if macs is None else macs * whole.macs)
+    budget.check(predictor, lambda policy: trials.draft(predictor, policy, None)[1])
+    correct(predictor, budget, trials, say)
+    return Ready(predictor, budget, trials)
 
 
 def _fit(predictor: Predictor, encoder: Encoder, reference: Reference) -> None:
