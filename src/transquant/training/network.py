@@ -131,7 +131,7 @@ class SoftNetwork:
             self._turn()
 
     def _turn(self) -> None:
-        """Steps become finer where bits have become too cheap."""
+        """Steps become finer where the file is too small."""
         if all(weight.follows for weight in self.soft.values()) and (change := self.price.turn()):
             self.rescale(global_step(self.template.size(0) * exp(change)))
 
@@ -143,7 +143,7 @@ class SoftNetwork:
 
     def settle(self) -> None:
         """Symbols stay as they are at the asked size."""
-        shift = 0.0 if self.target is None else self.shift_for(AIM * self.target, SLACK / 4)
+        shift = 0.0 if self.target is None else self.shift_for(AIM * self.target, SLACK / 2)
         for name, weight in self.soft.items():
             weight.settle(shift, *self.originals(name))
         self.settled = True

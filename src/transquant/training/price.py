@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import exp, log
 
 PROPORTIONAL, INTEGRAL = 12.0, 3.0  # e-folds of the price for a file e times too large, at once and a measurement
-BAND, LOWEST = 0.3, 2.5  # e-folds that the price may be below the theory's before steps become finer; and at all, then
+LOWEST = 2.5  # e-folds that the price may be below the theory's where steps can change
 FINER = 0.5  # e-folds of all steps a measurement, for each e-fold that the file is too small
 RANGE = 9.0  # e-folds that the price may move up, and down
 
@@ -34,9 +34,9 @@ class Price:
         self.memory = min(max(self.memory + INTEGRAL * self.error, -RANGE), RANGE)
 
     def turn(self) -> float:
-        """By how many e-folds all steps of the file should change now: where bits are cheaper than the theory has it, steps are
-        too coarse for the size, and with finer ones the price chooses again what is worth its bits. It goes with their square."""
+        """By how many e-folds all steps of the file should change now. What has become zero does not come back when bits get
+        cheaper; but with finer steps the price chooses again what is worth its bits. It goes with their square."""
         self.memory = max(self.memory, -LOWEST)
-        change = FINER * min(self.error, 0.0) if self.memory < -BAND else 0.0
+        change = FINER * min(self.error, 0.0)
         self.first *= exp(2 * change)
         return change
