@@ -47,7 +47,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "diffq-4.0": {"method": "diffq", "bits": 4.0},
     "lsq-2": {"method": "lsq", "bits": 2},
     "qat-2": {"method": "qat", "bits": 2},
-    "lstm-1.5": {"method": "transform", "bits": 1.5, "begin": 1.25, "epochs": 20, "distill": 1.0},
+    "lstm-1.5": {"method": "transform", "bits": 1.5, "epochs": 20, "distill": 1.0},
     "transform-0.5": {"method": "transform", "bits": 0.5},
     "elt-1.0": {"method": "transform", "bits": 1.0, "transform": "elt"},
 }
