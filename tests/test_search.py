@@ -20,7 +20,7 @@ from transquant.searching import pipeline
 from transquant.searching.budget import Budget
 from transquant.searching.correction import correct
 from transquant.searching.episodes import Record
-from transquant.searching.hunt import Hunt
+from transquant.searching.hunt import FINALISTS, Hunt
 from transquant.searching.policy import Policy, Space, row_depths
 from transquant.searching.searchers import METHODS, searcher
 from transquant.searching.searchers.lagrange import solve
@@ -336,8 +336,8 @@ def test_what_decides_can_be_given(images):
         return float(len(asked))
 
     result = tq.search(made(), [images], ratio=4, episodes=12, effort=1, evaluate=evaluate)
-    assert result.report.measured.value == 4  # of four finalists the last
-    assert result.report.reference == 5
+    assert result.report.measured.value == FINALISTS  # the last
+    assert result.report.reference == FINALISTS + 1
     with pytest.raises(InputError, match="evaluate returned 'good'"):
         tq.search(made(), [images], ratio=4, episodes=2, effort=1, evaluate=lambda model: "good")
 

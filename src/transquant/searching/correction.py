@@ -2,15 +2,12 @@
 
 Predictions see each layer by itself, and no further than the first order of what follows. So every group is tried at a few numbers
 of channels: alone, and then with all the others as the solution by prices has them, since what one group loses weighs more where
-others have lost something too. At last the sums of both, what removal costs and what rounding does, are weighed against each other
-by real files of solutions that have more of the one or of the other.
+others have lost something too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-
-import numpy as np
 
 from transquant.searching.budget import Budget
 from transquant.searching.policy import Policy
@@ -21,15 +18,12 @@ from transquant.searching.trial import Trials
 SHARES = (0.25, 0.5, 0.9)  # of a group's channels
 ENOUGH = 4  # micro-batches
 LEAST, MOST = 0.5, 8.0  # times what a group costs alone: beside others it may seem to cost nothing, and would then be used up
-FACTORS = (0.25, 1.0, 4.0)  # times what removal costs, of the solutions that are tried
-BALANCES = 2  # rounds of them, the second about what the first has found
-BOUNDS = 0.25, 4.0  # of the weight of either part, a round
 
 Progress = Callable[[str, int, int], None]
 
 
 def correct(predictor: Predictor, budget: Budget, trials: Trials, say: Progress) -> None:
-    """Correct the removals of a predictor, in two rounds, and their weight beside rounding."""
+    """Correct the removals of a predictor, in two rounds."""
     groups = predictor.space.groups
     none = Policy(dict.fromkeys(groups, 0), dict.fromkeys(predictor.space.weights, 8.0))
     shares = {g: {min(max(round(share * c), 1), c - 1) for share in SHARES} for g, c in groups.items()}
@@ -38,10 +32,6 @@ def correct(predictor: Predictor, budget: Budget, trials: Trials, say: Progress)
     if any(near.removed.values()):
         around = {g: {k // 2, k, (k + c) // 2} - {0, c} for (g, k), c in zip(near.removed.items(), groups.values(), strict=True)}
         _round(predictor, near, around, trials, lambda done: say("groups", len(groups) + done, 2 * len(groups)))
-        if predictor.space.fixed is None and budget.bytes is not None:
-            for turn in range(BALANCES):
-                _balance(predictor, budget, trials)
-                say("balances", turn + 1, BALANCES)
 
 
 def _round(
@@ -69,22 +59,3 @@ def _round(
     expected = predictor.removed(around.removed)
     if expected > TINY:
         predictor.scaled(here / expected)
-
-
-def _balance(predictor: Predictor, budget: Budget, trials: Trials) -> None:
-    """Weigh removal and rounding so that their sums come nearest, relatively, to what files of solutions do to the outputs."""
-    parts = []
-    for factor in FACTORS:
-        twin = predictor.balanced(factor, 1.0)
-        policy, _ = budget.enforced(twin, solve(twin, budget))
-        draft, _, network = trials.draft(predictor, policy, budget.bytes)
-        network.load_state_dict(draft.state(), strict=False)
-        measured = max(trials.reference.compared(network), TINY)
-        removal = predictor.removed(policy.removed)
-        rounding = predictor.costs(policy, budget.bytes).distortion - removal
-        parts.append((removal / measured, rounding / measured))
-    known = np.array(parts)
-    damped = np.vstack([known, 0.1 * np.eye(2)])  # what the files do not tell stays as it is
-    weights = np.linalg.lstsq(damped, np.array([1.0] * len(known) + [0.1, 0.1]), rcond=None)[0]
-    removal, rounding = (float(w) for w in np.clip(weights, *BOUNDS))
-    predictor.removals, predictor.fit = (twin := predictor.balanced(removal, rounding)).removals, twin.fit

@@ -10,13 +10,15 @@ from dataclasses import replace
 from transquant.errors import InputError
 from transquant.searching.budget import Budget
 from transquant.searching.episodes import Episode, Record
+from transquant.searching.policy import Policy
 from transquant.searching.prediction import Predictor
 from transquant.searching.searchers import searcher
 from transquant.searching.trial import Trials
 
 _log = logging.getLogger("transquant")
 
-FINALISTS = 4  # policies that are tried for real at the end
+FINALISTS = 6  # policies that are tried for real at the end
+APART = 0.03  # of all channels: predictions of what differs by less err alike
 
 Progress = Callable[[str, int, int], None]
 
@@ -65,13 +67,22 @@ class Hunt:
         return episode
 
     def choose(self) -> Episode:
-        """Of the best few by prediction, the one that is worth most."""
-        ranked: list[Episode] = []
-        for episode in sorted(self.record.known.values(), key=lambda e: (-e.reward, e.number)):
-            if all(episode.policy != other.policy for other in ranked):
-                ranked.append(episode)
+        """Of some that are predicted to be best, and differ in what they remove, the one that is worth most for real."""
+        channels = sum(self.predictor.space.groups.values())
+        ranked = sorted(self.record.known.values(), key=lambda e: (-e.reward, e.number))
+        taken: list[Episode] = []
+        for least in (APART * channels, 0.0):  # then what is nearer, where there are not enough
+            for episode in ranked:
+                apart = all(episode.policy != e.policy and _apart(episode.policy, e.policy) >= least for e in taken)
+                if apart and len(taken) < FINALISTS:
+                    taken.append(episode)
         finalists = []
-        for k, episode in enumerate(ranked[:FINALISTS]):
+        for k, episode in enumerate(taken):
             finalists.append(self.tried(episode))
-            self.say("trials", k + 1, min(FINALISTS, len(ranked)))
+            self.say("trials", k + 1, len(taken))
         return max(finalists, key=lambda e: (e.measured.value if e.measured else -float("inf"), e.reward))
+
+
+def _apart(one: Policy, other: Policy) -> int:
+    """Channels that one of two policies removes and the other does not, at least."""
+    return sum(abs(count - other.removed[name]) for name, count in one.removed.items())

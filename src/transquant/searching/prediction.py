@@ -11,7 +11,6 @@ it does to the outputs, each group alone, at a few numbers of channels.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -99,13 +98,6 @@ class Predictor:
     def scaled(self, factor: float) -> None:
         """Scale what removal costs, of all groups alike."""
         self.removals = {name: replace(r, costs=factor * r.costs) for name, r in self.removals.items()}
-
-    def balanced(self, removal: float, rounding: float) -> Predictor:
-        """The same with all that removal costs, and all that rounding does, scaled."""
-        twin = copy(self)
-        twin.scaled(removal)
-        twin.fit = replace(self.fit, rounding=self.fit.rounding * rounding)
-        return twin
 
     def rows(self, weight: Weight, removed: Mapping[str, int]) -> np.ndarray:
         """Rows of a weight that are kept, bool (O,)."""
