@@ -72,17 +72,16 @@ def test_batches_that_only_forward_understands(images):
     options = {"macs": 0.7, "episodes": 2, "effort": 1}
     for batches, forward in (
         ([(torch.zeros(120), images)], lambda model, batch: model(batch[1])),
-        ([{"x": images, "name": torch.zeros(120)}], lambda model, batch: model(x=batch["x"])),
+        ([{"x": images, "scale": torch.tensor(1.0)}], lambda model, batch: model(x=batch["x"])),
     ):
         found = tq.search(made(), batches, **options, forward=forward)
         assert found.report.macs[0] == 12 * 27 * 100 + 16 * 108 * 100 + 12 * 16 * 100 + 12 * 9 * 25 + 120  # of one sample
         assert found.report.macs[1] <= 0.7 * found.report.macs[0]
         assert not found.masked
+    net = made()
+    past = {**options, "forward": lambda model, batch: model.last(batch.mean((2, 3)).repeat(1, 4))}
     with pytest.raises(InputError, match="does not call the model"):
-        net = made()
-        tq.search(
-            net, [images], **options, forward=lambda model, batch: batch.mean((2, 3)) + sum(p.sum() for p in model.parameters())
-        )
+        tq.search(net, [images], **past)
 
 
 def test_a_model_in_train_mode_stays_as_it_is(images):

@@ -187,7 +187,7 @@ def _file(
 
 def _one_sample(batch: Any) -> Any:
     if isinstance(batch, Tensor):
-        return batch[:1]
+        return batch[:1] if batch.ndim else batch
     if isinstance(batch, Mapping):
         return {k: _one_sample(v) for k, v in batch.items()}
     if type(batch) in (list, tuple):
