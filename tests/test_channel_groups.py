@@ -237,3 +237,11 @@ def test_real_networks():
     assert fires["features.4.expand3x3"].readers == (Slice("features.6.squeeze.weight", 1, 64, 1),)
     chain = groups_of(networks.MobileNetV1().eval(), (2, 3, 64, 64))
     assert [g.channels for g in chain.values()] == list(networks.MobileNetV1.WIDTHS)
+
+
+def test_a_model_without_values():
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    for groups in (pruning.channel_groups, pruning.layer_groups):
+        with pytest.raises(InputError, match="meta device"):
+            groups(net, torch.zeros(2, 4, device="meta"))

@@ -183,3 +183,12 @@ def test_what_cannot_be_asked_for(net):
         tq.compress(model, samples, bits=6.0, objective="macs", macs=0.5, metric="weights")
     with pytest.raises(InputError, match="transform 'auto'"):
         tq.compress(model, samples, bits=6.0, objective="macs", macs=0.5, transform="klt")
+
+
+def test_a_model_in_train_mode_is_not_changed():
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3)
+    ).train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    tq.compress(model, torch.randn(20, 3, 8, 8), bits=6.0, objective="macs", macs=0.9, effort=1)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())

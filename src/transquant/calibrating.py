@@ -15,7 +15,7 @@ from transquant.distillation import Teacher
 from transquant.encoder import Source
 from transquant.inference import Calls, count_calls
 from transquant.records import Plan, Statistics
-from transquant.stats import PairedNetworks, Reference, collect, weight_statistics
+from transquant.stats import PairedNetworks, Reference, collect, copy_model, weight_statistics
 from transquant.tuning import LARGE
 from transquant.workers import Workers
 
@@ -67,6 +67,6 @@ def calibrate(
     seen = accumulate(map(modules.num_samples, used), initial=0)
     few = [b for b, before in zip(used, seen, strict=False) if before < in_order]
     paired = PairedNetworks(module, few, plan, run_any, pool, most_live) if few else None
-    calls = count_calls(module, batches[0], run) if counts else None
+    calls = count_calls(copy_model(module), batches[0], run) if counts else None
     teacher = Teacher(module, used, run_any, pool, stats.metric) if learns else None
     return Calibrated(stats, reference, paired, teacher, calls)

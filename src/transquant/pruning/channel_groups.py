@@ -95,10 +95,13 @@ def outputs(model: nn.Module, example: Any) -> list[Tensor]:
     args, kwargs = arguments(example)
     try:
         with torch.no_grad():
-            return list(_tensors(model(*args, **kwargs)))
+            found = list(_tensors(model(*args, **kwargs)))
     except Exception as error:
         reason = (str(error) or type(error).__name__).strip().splitlines()[0][:200]
         raise InputError(f"the model cannot be run on the example: {reason}") from error
+    if any(t.is_meta for t in found):
+        raise InputError("the model is on the meta device, where outputs have no values: give one with weights")
+    return found
 
 
 class _Follower(fx.Interpreter):

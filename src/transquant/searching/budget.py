@@ -46,9 +46,10 @@ class Budget:
             )
         if self.macs is not None and not self._macs(costs):
             whole = predictor.costs(replace(least, removed=dict.fromkeys(space.groups, 0))).macs
+            least_share = min(1.005 * costs.macs / whole, 1.0)  # of three digits, and not less: it can be asked for
             raise TargetError(
                 f"{self.macs / whole:.3g} of the multiply–adds cannot be reached: with one channel left of each group that may "
-                f"lose some, it is {costs.macs / whole:.3g}"
+                f"lose some, it is {least_share:.3g}"
             )
 
     def enforced(self, predictor: Predictor, policy: Policy) -> tuple[Policy, Costs]:

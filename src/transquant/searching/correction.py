@@ -42,7 +42,7 @@ def _round(
 
     def distortion(removed: Mapping[str, int]) -> float:
         kept = trials.kept(predictor, Policy(removed, around.bits))
-        return trials.reference.compared(trials.network(kept), ENOUGH) if kept else 0.0
+        return trials.reference.compared(trials.network(kept).eval(), ENOUGH) if kept else 0.0
 
     here, found, beside = distortion(around.removed), {}, any(around.removed.values())
     for done, (name, numbers) in enumerate(counts.items()):

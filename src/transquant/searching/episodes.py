@@ -99,8 +99,12 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     """Lines up to the first that is cut off."""
     if not path.exists():
         return []
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
     found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+    for line in text.split("\n")[:-1]:
         try:
             value = json.loads(line)
         except ValueError:

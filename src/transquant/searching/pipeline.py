@@ -9,8 +9,7 @@ some are tried for real; what is measured decides among the best.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
-from copy import deepcopy
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -23,6 +22,7 @@ from transquant import modules
 from transquant.calibrating import calibrate
 from transquant.choices import Choice, Method
 from transquant.codec import STATE_BITS, CompressedModel, compress
+from transquant.copying import deep_copy
 from transquant.encoder import Encoder, Source
 from transquant.errors import InputError
 from transquant.fingerprint import fingerprint
@@ -39,7 +39,7 @@ from transquant.searching.result import SearchResult, Summary
 from transquant.searching.searchers import METHODS
 from transquant.searching.survey import groups_of, survey, usable
 from transquant.searching.trial import Trials
-from transquant.stats import Reference
+from transquant.stats import Reference, copy_model
 from transquant.targets import parse_target
 from transquant.workers import Workers, workers
 
@@ -94,7 +94,7 @@ def search(
     The same input, options and seed give the same result. Raises InputError, TargetError (with the smallest that is feasible),
     MissingDependency."""
     say = progress or (lambda stage, done, total: None)
-    fixed = _check(precision, method, episodes, criterion, macs, check_every)
+    fixed = _check(precision, method, episodes, criterion, macs, check_every, effort, seed)
     plan = modules.plan_model(model)
     sizes = {"bits": bits, "size": size, "ratio": ratio}
     given = {k: v for k, v in sizes.items() if v is not None}
@@ -123,14 +123,15 @@ def search(
     options = {"metric": metric, "effort": effort, "forward": forward, "output": output, "seed": seed, "progress": progress,
                "work": None if work is None else Path(work) / "file", "depths": depths}  # fmt: skip
     compressed = _file(network, batches, most, fixed, options)
-    small = compressed.install(deepcopy(network))
+    small = compressed.install(deep_copy(network))
     assert chosen.measured is not None
 
     def run(network: nn.Module, batch: Any) -> Tensor:
         return modules.run_batch(network, batch, forward, output)
 
     one = _one_sample(trials.reference.batches[0])
-    costs = measure({"whole": model, "small": small}, one, run, {"whole": 0, "small": 0}, LATENCY_RUNS)
+    twins = {"whole": copy_model(model), "small": copy_model(small)}  # in eval mode, and theirs is what a run leaves behind
+    costs = measure(twins, one, run, {"whole": 0, "small": 0}, LATENCY_RUNS)
     report = Summary(
         (plan.original_bytes, len(compressed.data)), (plan.num_parameters, sum(p.numel() for p in small.parameters())),
         (costs["whole"].macs, costs["small"].macs), (costs["whole"].milliseconds, costs["small"].milliseconds),
@@ -167,11 +168,15 @@ def ready(
     how = Method(transform="identity", state_bits=STATE_BITS)
     encoder = Encoder(plan, source, seen.stats, pool, how)
     example = seen.reference.batches[0]
-    found, physical = groups_of(model, example)
+
+    def run(network: nn.Module, batch: Any) -> Tensor:
+        return modules.run_batch(network, batch, forward, output)
+
+    found, physical = groups_of(model, example, run)
     if not physical and macs is not None:
         raise InputError("macs needs a network whose graph can be followed: here channels can only be made zero")
     groups = usable(found, encoder)
-    predictor = survey(model, groups, encoder, example, lambda m, x: modules.run_batch(m, x, forward, output), criterion, fixed)
+    predictor = survey(model, groups, encoder, example, run, criterion, fixed)
     trials = Trials(model, groups, seen.stats, seen.reference, pool, how, physical, evaluate)
     _fit(predictor, encoder, seen.reference)
     whole = predictor.costs(predictor.space.with_bits(dict.fromkeys(predictor.space.groups, 0), _same_bits(predictor, MOST)))
@@ -201,6 +206,8 @@ def _file(
 ) -> CompressedModel:
     """The file of the network that was found: of the size that is allowed; or with the very depths, where they are fixed or no size
     is given, and the file is not too large."""
+    if most is not None:
+        most = min(most, modules.plan_model(network).original_bytes - 1)  # what is left may take less as it is
     if fixed is not None or most is None:
         compressed = compress(network, batches, step=1.0, **options)
         if most is None or len(compressed.data) <= most:
@@ -211,13 +218,17 @@ def _file(
 
 def _one_sample(batch: Any) -> Any:
     if isinstance(batch, Tensor):
-        return batch[:1]
-    if isinstance(batch, dict):
+        return batch[:1] if batch.ndim else batch
+    if isinstance(batch, Mapping):
         return {k: _one_sample(v) for k, v in batch.items()}
+    if type(batch) in (list, tuple):
+        return type(batch)(map(_one_sample, batch))
     return batch
 
 
-def _check(precision: Any, method: str, episodes: Any, criterion: str, macs: Any, check_every: Any) -> int | None:
+def _check(
+    precision: Any, method: str, episodes: Any, criterion: str, macs: Any, check_every: Any, effort: Any, seed: Any
+) -> int | None:
     if method not in ("auto", *METHODS):
         raise InputError(f"method is {method!r}, allowed are 'auto', {', '.join(map(repr, METHODS))}")
     if criterion not in CRITERIA:
@@ -225,6 +236,10 @@ def _check(precision: Any, method: str, episodes: Any, criterion: str, macs: Any
     for name, value in (("episodes", episodes), ("check_every", check_every)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{name} is {value!r}, allowed are integers from 1")
+    if isinstance(effort, bool) or not isinstance(effort, int) or not 1 <= effort <= 9:
+        raise InputError(f"effort is {effort!r}, allowed are integers 1 to 9")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise InputError(f"seed is {seed!r}, allowed are integers from 0")
     if macs is not None and (isinstance(macs, bool) or not isinstance(macs, int | float) or not 0 < macs <= 1):
         raise InputError(f"macs is {macs!r}, allowed are shares of the network's multiply–adds above 0, up to 1")
     if precision == "mixed":

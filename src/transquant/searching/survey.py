@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from transquant import modules
@@ -20,14 +22,15 @@ from transquant.searching.candidates import removal
 from transquant.searching.policy import Space
 from transquant.searching.prediction import Predictor, Weight
 from transquant.searching.tables import row_table
+from transquant.stats import copy_model
 from transquant.stats.measure import Run
 
 _log = logging.getLogger("transquant")
 
 
-def groups_of(model: nn.Module, batch: Any) -> tuple[tuple[ChannelGroup, ...], bool]:
+def groups_of(model: nn.Module, batch: Any, run: Run) -> tuple[tuple[ChannelGroup, ...], bool]:
     """Groups of channels that may go, and whether they can be removed for real."""
-    example = {k: v for k, v in batch.items() if k != "labels"} if isinstance(batch, Mapping) else batch
+    example = _inputs(copy_model(model), batch, run)
     try:
         return channel_groups(model, example), True
     except NotFollowed as error:
@@ -62,7 +65,7 @@ def survey(
 ) -> Predictor:  # fmt: skip
     """The predictor of a network whose statistics are the encoder's. Raises InputError where no layer has anything to decide."""
     plan, values, layers = encoder.plan, encoder.source.values, encoder.layers
-    calls = count_calls(model, batch, run)
+    calls = count_calls(copy_model(model), batch, run)  # a run changes what a module in train mode has seen
     samples = modules.num_samples(batch)
     specs = [s for s in plan.specs if isinstance(s, WeightSpec) and layers[s.name].output_moment.any()]
     if not specs:
@@ -81,6 +84,23 @@ def survey(
     space = Space({g.name: g.channels for g in groups}, tuple(s.name for s in specs), fixed)
     others = sum(c.macs for c in calls.values()) / samples - counted
     return Predictor(space, {g.name: r for g, r in zip(groups, removals, strict=True)}, weights, _vectors(plan, groups), others)
+
+
+def _inputs(model: nn.Module, batch: Any, run: Run) -> Any:
+    """What the model is called with when a batch is run, whatever the caller's `forward` makes of it. Raises InputError."""
+    seen: list[Any] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        both = args and kwargs
+        seen.append(inspect.signature(module.forward).bind(*args, **kwargs).arguments if both else args or kwargs)
+
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    with torch.no_grad():
+        run(model, batch)
+    handle.remove()
+    if not seen:
+        raise InputError("forward does not call the model that it is given, so that its channels cannot be followed")
+    return seen[0]
 
 
 def _weight(spec: WeightSpec, table: Any, groups: Sequence[ChannelGroup], macs: float) -> Weight:

@@ -92,9 +92,10 @@ class Trials:
 
     def value(self, network: nn.Module) -> float:
         """Of a network on the held-back samples, higher is better. Raises InputError where `evaluate` gives no number."""
+        twin = copy_model(network)  # in eval mode
         if self.evaluate is None:
-            return -self.reference.compared(network)
-        score = self.evaluate(copy_model(network))
+            return -self.reference.compared(twin)
+        score = self.evaluate(twin)
         try:
             number = float(score)
         except (TypeError, ValueError):
