@@ -48,8 +48,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "lsq-2": {"method": "lsq", "bits": 2},
     "qat-2": {"method": "qat", "bits": 2},
     "lstm-1.5": {"method": "transform", "bits": 1.5, "epochs": 20, "distill": 1.0},
-    "transform-0.5": {"method": "transform", "bits": 0.5},
-    "elt-1.0": {"method": "transform", "bits": 1.0, "transform": "elt"},
 }
 LABELS = {"transform": "transform quantization", "diffq": "DiffQ", "crq": "CRQ (reconstructed)", "qat": "QAT", "lsq": "LSQ"}
 
