@@ -311,7 +311,12 @@ class TargetSearch:
 def _score(evaluate: Callable[[Any], float], module: nn.Module, state: Mapping[str, Tensor]) -> float:
     twin = copy_model(module)
     twin.load_state_dict(dict(state), strict=False)
-    score = evaluate(twin)
+    return score_of(evaluate, twin)
+
+
+def score_of(evaluate: Callable[[Any], float], module: nn.Module) -> float:
+    """What `evaluate` says of a module that is its own. Raises InputError where that is no number."""
+    score = evaluate(module)
     try:
         number = float(score)
     except (TypeError, ValueError):

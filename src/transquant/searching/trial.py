@@ -18,7 +18,6 @@ from transquant import modules
 from transquant.allocation.search import Closest, meet_size
 from transquant.choices import Choice, Method
 from transquant.encoder import Draft, Encoder, Source
-from transquant.errors import InputError
 from transquant.pruning import ChannelGroup, compensated, masked, removed
 from transquant.records import FloatArray, LayerStats, Statistics
 from transquant.searching.episodes import Measured
@@ -26,6 +25,7 @@ from transquant.searching.policy import Policy
 from transquant.searching.prediction import Predictor
 from transquant.stats import Reference
 from transquant.stats.copies import copy_model
+from transquant.target_search import score_of
 from transquant.workers import Workers
 
 PASSES = 6  # drafts until the size is met
@@ -95,14 +95,7 @@ class Trials:
         twin = copy_model(network)  # in eval mode
         if self.evaluate is None:
             return -self.reference.compared(twin)
-        score = self.evaluate(twin)
-        try:
-            number = float(score)
-        except (TypeError, ValueError):
-            number = float("nan")
-        if number != number:
-            raise InputError(f"evaluate returned {score!r}, allowed are numbers, higher is better")
-        return number
+        return score_of(self.evaluate, twin)
 
     def _masks(self, kept: Kept) -> Masks:
         state = self.model.state_dict()

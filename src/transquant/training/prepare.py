@@ -71,7 +71,7 @@ def prepare(
     loss at every step. `steps`: how many steps the training will take, for its schedule; 0: not known, everything stays as it
     begins. `method`: "transform", "diffq", "crq": `bits` (8 · bytes of the file / parameters) or `size` (bytes, or "64KB") is what
     the file will take; "qat", "lsq": `bits` is the depth of a weight, 1 to 8. `begin`, 1 to 4: training starts at so many times
-    that size and is at it half-way; above 1 where training alone makes files smaller than asked. `options` of the methods:
+    that size and is at it half-way. `options` of the methods:
     docs/training.md.
 
     Raises InputError, TargetError."""
