@@ -191,3 +191,5 @@ def test_command_line(cli, tmp_path):
     assert cli("search", *NET, "--macs", 0.0001, "-o", "x.tq")[0] == 3
     assert cli("search", *NET, "--ratio", 4, "--method", "luck", "-o", "x.tq")[0] == 2
     assert cli("search", *NET[:2], "--ratio", 4, "-o", "x.tq")[0] == 2
+    code, _, err = cli(*command, "-o", "x.tq", "--plot", "small.xyz")
+    assert (code, "small.xyz" in err, (tmp_path / "x.tq").exists()) == (2, True, False)

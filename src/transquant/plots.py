@@ -43,12 +43,22 @@ def new_figure(width: float, height: float) -> Any:
     return figure
 
 
+def check_picture(path: Path) -> None:
+    """Raises InputError where a name ends in no format that pictures have, MissingDependency without matplotlib."""
+    _format(path, new_figure(1, 1))
+
+
 def write_figure(path: Path, figure: Any) -> None:
     """Write a Figure in the format that the path's ending names. Raises InputError for another, OutputError."""
+    ending = _format(path, figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=ending, metadata={"Software": None} if ending == "png" else None)
+    write_file(path, buffer.getvalue())
+
+
+def _format(path: Path, figure: Any) -> str:
     formats = figure.canvas.get_supported_filetypes()
     ending = path.suffix.removeprefix(".") or "png"
     if ending not in formats:
         raise InputError(f"the picture is {path}, expected a name that ends in one of {', '.join(sorted(formats))}")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=ending, metadata={"Software": None} if ending == "png" else None)
-    write_file(path, buffer.getvalue())
+    return ending

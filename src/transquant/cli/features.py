@@ -31,6 +31,7 @@ from transquant.cli.options import (
     output_path,
 )
 from transquant.errors import InputError
+from transquant.plots import check_picture
 
 Codec = Annotated[Path, typer.Argument(help="A codec file that `features calibrate` wrote.")]
 
@@ -82,6 +83,8 @@ def evaluate(
     set_logging(quiet, verbose)
     if data is None:
         raise InputError("features evaluate needs --data: a folder a class, FILE.npz with x and y, or FILE.py:FUNCTION")
+    if picture is not None:
+        check_picture(picture)
     for path in (csv, picture):
         if path is not None:
             output_path(path, force, codec, model, weights, data)

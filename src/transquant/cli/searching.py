@@ -31,6 +31,7 @@ from transquant.cli.options import (
     output_path,
 )
 from transquant.errors import InputError
+from transquant.plots import check_picture
 
 if TYPE_CHECKING:
     from transquant.searching.episodes import Episode
@@ -61,6 +62,7 @@ def search(
     output_path(output, force, model, weights, calibration, data)
     if plot is not None:
         output_path(plot, force)
+        check_picture(plot)
     if calibration is None:
         raise InputError("search needs --calibration: an image folder, FILE.npz, or FILE.py:FUNCTION")
     from transquant.cli.models import load_model
