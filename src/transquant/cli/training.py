@@ -29,7 +29,8 @@ KEYS: dict[str, dict[str, tuple[type, ...]]] = {
     "train": {
         "method": TEXT, "bits": NUMBER, "size": (int, str), "begin": NUMBER, "epochs": WHOLE, "batch": WHOLE, "rate": NUMBER,
         "vector_rate": NUMBER, "clip": NUMBER, "loss": TEXT, "augment": TEXT, "teacher": TEXT, "distill": NUMBER,
-        "temperature": NUMBER, "patience": WHOLE, "autocast": TEXT, "micro_batches": WHOLE, "channels_last": FLAG,
+        "temperature": NUMBER, "hints": (list,), "hint": NUMBER, "patience": WHOLE, "autocast": TEXT, "micro_batches": WHOLE,
+        "channels_last": FLAG,
         "calibration_samples": WHOLE, "transform": TEXT, "axis": TEXT, "exact": (list,), "effort": WHOLE, "seed": WHOLE,
         "work": TEXT, "keep_work": FLAG,
     },
@@ -71,7 +72,7 @@ def _check(path: Path, table: str, key: str, value: Any, method: str) -> None:
     if not isinstance(value, allowed[key]) or isinstance(value, bool) != (allowed[key] is FLAG):
         raise InputError(f"{path}: {key} in [{table}] is {value!r}, expected {WORDS[allowed[key]]}")
     if isinstance(value, list):
-        kind, what = (str, "texts") if key == "exact" else (int | float, "numbers")
+        kind, what = (str, "texts") if key in ("exact", "hints") else (int | float, "numbers")
         if not value or not all(isinstance(v, kind) and not isinstance(v, bool) for v in value):
             raise InputError(f"{path}: {key} in [{table}] is {value!r}, expected a list of {what}")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -27,7 +27,7 @@ from transquant.training.history import FitResult, Moment
 from transquant.training.loop import Loop
 from transquant.training.network import RATE
 from transquant.training.prepare import harden, prepare, soft_network
-from transquant.training.recipe import Recipe, function, whole
+from transquant.training.recipe import Recipe, function, names, whole
 
 FREE = ("rate", "vector_rate", "clip", "patience", "evaluate")  # what may be another when a training goes on
 Progress = Callable[[str, int, int], None]
@@ -51,6 +51,8 @@ def fit(
     teacher: nn.Module | str | None = None,
     distill: float = 0.5,
     temperature: float = 1.0,
+    hints: Sequence[str] = (),
+    hint: float = 10.0,
     augment: Augment | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     patience: int | None = None,
@@ -81,11 +83,13 @@ def fit(
 
     Adam goes over the weights, in their steps, at `rate`, and over all else at `vector_rate` (None: a tenth of that), both along
     one cosine to zero; `clip`: the largest norm of the gradient. `loss(outputs, labels)`: a mean over samples, None: cross-entropy.
-    `teacher`: "self", the float network, or another module, whose outputs at `temperature` T have the share `distill` of the
-    loss, as T² · KL(teacher ‖ network). `evaluate(model)`, higher is better, is called at the end of each epoch, with a model in
-    eval mode that it must leave as it is; after `patience` epochs at the asked size without a better score the training ends.
-    `autocast`: "bfloat16" computes layers in that, weights stay in float32. `micro_batches`: into so many each batch is cut, whose
-    gradients and BatchNorm statistics are averaged; it takes less memory. `channels_last`: images in that memory format.
+    `teacher`: "self", the float network, or another module, whose outputs at `temperature` T have the share `distill` of the loss,
+    as T² · KL(teacher ‖ network). `hints`: names of layers that shall put out what the teacher's layers of these names do; `hint`
+    is the weight in the loss of their mean squared difference, in units of the variance. `evaluate(model)`, higher is better, is
+    called at the end of each epoch, with a model in eval mode that it must leave as it is; after `patience` epochs at the asked
+    size without a better score the training ends. `autocast`: "bfloat16" computes layers in that, weights stay in float32.
+    `micro_batches`: into so many each batch is cut, whose gradients and BatchNorm statistics are averaged; it takes less memory.
+    `channels_last`: images in that memory format.
 
     `work`: a folder for checkpoints, from which the same call goes on after it was killed, to the same bits (with as many
     threads, on the same machine); made if there is none, and then deleted at the end. Of the arguments only `rate`,
@@ -99,8 +103,8 @@ def fit(
     Raises InputError for bad arguments and data, checkpoints of another training, and a loss that is no longer a number;
     TargetError for a size that cannot be reached; OutputError where the folder cannot be made."""
     recipe = Recipe(
-        epochs, rate, vector_rate, clip, loss, distill, temperature, evaluate, patience, autocast, micro_batches, channels_last,
-        seed, forward, output,
+        epochs, rate, vector_rate, clip, loss, distill, temperature, names(hints), hint, evaluate, patience, autocast,
+        micro_batches, channels_last, seed, forward, output,
     )  # fmt: skip
     for name, value, least in (("batch", batch, 1), ("calibration_samples", calibration_samples, 1)):
         whole(name, value, least)
@@ -112,7 +116,7 @@ def fit(
     with torch.inference_mode(False), torch.enable_grad(), unchanged(None), processes() as job, job.together():
         distributed.check(micro_batches, job)
         feed = Feed(data, batch, augment, seed)
-        taught = _teacher(model, teacher)
+        taught = _teacher(model, teacher, bool(recipe.hints))
         about: dict[str, Any] = {
             "method": method, "bits": bits, "size": size, "begin": begin, "transform": transform, "axis": axis,
             "overrides": None if overrides is None else dict(overrides), "effort": effort, "options": options,
@@ -152,9 +156,11 @@ def fit(
     return FitResult(compressed, tuple(loop.history), stopped)
 
 
-def _teacher(model: nn.Module, teacher: nn.Module | str | None) -> nn.Module | None:
+def _teacher(model: nn.Module, teacher: nn.Module | str | None, hinted: bool) -> nn.Module | None:
     """A copy that learns nothing. Raises InputError."""
     if teacher is None:
+        if hinted:
+            raise InputError("hints come from a teacher: give teacher='self', or a module")
         return None
     if isinstance(teacher, str) and teacher == "self":
         teacher = model

@@ -26,6 +26,7 @@ from transquant.processes import Processes
 from transquant.training.checkpoint import Checkpoints
 from transquant.training.distributed import Buffers, Share, shares, summed
 from transquant.training.feed import Batch, Feed, cut, length
+from transquant.training.hints import Hints
 from transquant.training.history import Epoch, Moment, impatient
 from transquant.training.network import SoftNetwork
 from transquant.training.randomness import seed_all
@@ -64,6 +65,7 @@ class Loop:
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.parameters: list[nn.Parameter] = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.buffers = Buffers(model)
+        self.hints = Hints(model, teacher, recipe.hints) if teacher is not None and recipe.hints else None
         self.history: list[Epoch] = []
         self.tally = Tally()
 
@@ -161,7 +163,7 @@ class Loop:
         if recipe.channels_last and isinstance(inputs, Tensor) and inputs.ndim == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         labels = labels.to(device) if isinstance(labels, Tensor) else labels
-        with self._precision(device.type):
+        with self._precision(device.type), nullcontext() if self.hints is None else self.hints.seen():
             output = run_batch(self.model, inputs, recipe.forward, recipe.output, finite=False)
             if self.teacher is not None:
                 with torch.no_grad():
@@ -171,6 +173,8 @@ class Loop:
         if self.teacher is not None:
             heat = recipe.temperature
             loss = (1 - recipe.distill) * loss + recipe.distill * heat**2 * _divergence(taught.to(output) / heat, output / heat)
+        if self.hints is not None:
+            loss = loss + recipe.hint * self.hints.loss()
         classes = (
             isinstance(labels, Tensor) and output.ndim == 2 and labels.shape == output.shape[:1] and not labels.is_floating_point()
         )

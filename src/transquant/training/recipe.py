@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
 from typing import Any
@@ -25,6 +25,8 @@ class Recipe:
     loss: Callable[[Any, Any], Tensor] | None
     distill: float
     temperature: float
+    hints: tuple[str, ...]
+    hint: float
     evaluate: Callable[[nn.Module], float] | None
     patience: int | None
     autocast: str | None
@@ -40,6 +42,7 @@ class Recipe:
         whole("seed", self.seed, 0)
         _number("rate", self.rate)
         _number("temperature", self.temperature)
+        _number("hint", self.hint)
         _number("distill", self.distill, most=1.0, zero=True)
         for name in ("vector_rate", "clip"):
             if getattr(self, name) is not None:
@@ -54,6 +57,13 @@ class Recipe:
             raise InputError(f"channels_last is {self.channels_last!r}, allowed are True and False")
         for name in ("loss", "evaluate", "forward", "output"):
             function(name, getattr(self, name))
+
+
+def names(value: Any) -> tuple[str, ...]:
+    """Names of layers. Raises InputError for anything but a list of texts."""
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(name, str) for name in value):
+        raise InputError(f"hints is {value!r:.80}, allowed are lists of names of layers")
+    return tuple(value)
 
 
 def whole(name: str, value: Any, least: int) -> None:
