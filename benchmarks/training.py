@@ -41,7 +41,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "float": {"method": None},
     "transform-1.0": {"method": "transform", "bits": 1.0, "epochs": 20},
     "transform-0.7": {"method": "transform", "bits": 0.7, "distill": 0.5},
-    "transform-2.0": {"method": "transform", "bits": 2.0, "distill": 0.5},
+    "transform-2.0": {"method": "transform", "bits": 2.0, "epochs": 20},
     "crq-1.3": {"method": "crq", "bits": 1.3},
     "diffq-2.0": {"method": "diffq", "bits": 2.0},
     "diffq-4.0": {"method": "diffq", "bits": 4.0},
