@@ -107,3 +107,15 @@ def test_bad_configurations(train, tmp_path, before, after, code, message):
     assert (found, out) == (code, "")
     assert message in err
     assert not (tmp_path / "net.tq").exists()
+
+
+def test_a_teacher_and_its_hints(train, tmp_path):
+    code, _, err = train(config=CONFIG + 'teacher = "self"\nhints = ["1"]\nhint = 5.0\n')
+    assert code == 0, err
+    assert tq.load(tmp_path / "net.tq").report.bits_per_parameter <= 6.0
+    code, _, err = train("--force", config=CONFIG + 'teacher = "self"\nhints = ["9"]\n')
+    assert code == 2
+    assert "the model has no layer '9'" in err
+    code, _, err = train("--force", config=CONFIG + "hints = [1]\n")
+    assert code == 2
+    assert "hints in [train] is [1], expected a list of texts" in err

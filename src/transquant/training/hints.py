@@ -61,8 +61,9 @@ def _distance(name: str, own: list[Tensor], taught: list[Tensor]) -> Tensor:
     for output, wanted in zip(own, taught, strict=True):
         if output.shape != wanted.shape:
             raise InputError(f"hints: {name!r} puts out {tuple(output.shape)}, the teacher's {tuple(wanted.shape)}")
-        goal = wanted.detach().float()
-        distances.append((output.float() - goal).square().mean() / goal.var(correction=0).clamp_min(SMALL))
+        wide = torch.promote_types(output.dtype, torch.float32)
+        goal = wanted.detach().to(output.device, wide)
+        distances.append((output.to(wide) - goal).square().mean() / goal.var(correction=0).clamp_min(SMALL))
     return torch.stack(distances).mean()
 
 
@@ -70,7 +71,7 @@ def _layers(model: nn.Module, whose: str, names: Sequence[str]) -> list[nn.Modul
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in names:
         if name not in modules or not name:
-            known = ", ".join(repr(key) for key in modules if key and key.count(".") <= 1)
+            known = ", ".join(repr(key) for key in modules if key and key.count(".") <= 1 and "parametrizations" not in key)
             raise InputError(f"hints: the {whose} has no layer {name!r}, it has {known:.300}")
     return [modules[name] for name in names]
 
