@@ -85,11 +85,11 @@ def fit(
     one cosine to zero; `clip`: the largest norm of the gradient. `loss(outputs, labels)`: a mean over samples, None: cross-entropy.
     `teacher`: "self", the float network, or another module, whose outputs at `temperature` T have the share `distill` of the loss,
     as T² · KL(teacher ‖ network). `hints`: names of layers that shall put out what the teacher's layers of these names do; `hint`
-    is the weight in the loss of their mean squared difference, in units of the variance. `evaluate(model)`, higher is better, is
-    called at the end of each epoch, with a model in eval mode that it must leave as it is; after `patience` epochs at the asked
-    size without a better score the training ends. `autocast`: "bfloat16" computes layers in that, weights stay in float32.
-    `micro_batches`: into so many each batch is cut, whose gradients and BatchNorm statistics are averaged; it takes less memory.
-    `channels_last`: images in that memory format.
+    is the weight in the loss of their mean squared difference, in units of the variance, at first: it falls with the rate.
+    `evaluate(model)`, higher is better, is called at the end of each epoch, with a model in eval mode that it must leave as it is;
+    after `patience` epochs at the asked size without a better score the training ends. `autocast`: "bfloat16" computes layers in
+    that, weights stay in float32. `micro_batches`: into so many each batch is cut, whose gradients and BatchNorm statistics are
+    averaged; it takes less memory. `channels_last`: images in that memory format.
 
     `work`: a folder for checkpoints, from which the same call goes on after it was killed, to the same bits (with as many
     threads, on the same machine); made if there is none, and then deleted at the end. Of the arguments only `rate`,

@@ -3,8 +3,9 @@
     Σ_k E‖s_k − t_k‖² / Var(t_k) / K      s_k, t_k: what the network's and the teacher's k-th layer put out
 
 After FitNets (Romero et al., arXiv 1412.6550), whose hints train the lower half of a network, through a regressor, before all else.
-Here layers have the teacher's widths, so there is no regressor; all of them learn at once and to the end; and each is measured
-in its own variance, so that one weight fits them all.
+Here layers have the teacher's widths, so there is no regressor; all of them learn at once, each measured in its own variance, so
+that one weight fits them all; and that weight falls with the learning rate, since what a small network cannot follow to the end
+would be in the way of its task.
 """
 
 from __future__ import annotations

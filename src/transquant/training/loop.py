@@ -122,7 +122,7 @@ class Loop:
 
     def _step(self, batch: Batch) -> None:
         recipe, network, step = self.recipe, self.network, self.network.step
-        share = 0.5 * (1 + cos(pi * step / self.steps))
+        share = self._share()
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * share
         self.optimizer.zero_grad()
@@ -156,6 +156,10 @@ class Loop:
         tally = self.tally
         tally.loss, tally.hits, tally.samples = tally.loss + loss * samples, tally.hits + hits, tally.samples + samples
 
+    def _share(self) -> float:
+        """Of rates, and of hints, what is left in this step: one cosine to zero."""
+        return 0.5 * (1 + cos(pi * self.network.step / self.steps))
+
     def _forward(self, batch: Batch) -> tuple[Tensor, float]:
         """Loss of a micro-batch, a mean over its samples, and how many it has right (−1 where labels are no classes)."""
         recipe, (inputs, labels) = self.recipe, batch
@@ -174,7 +178,7 @@ class Loop:
             heat = recipe.temperature
             loss = (1 - recipe.distill) * loss + recipe.distill * heat**2 * _divergence(taught.to(output) / heat, output / heat)
         if self.hints is not None:
-            loss = loss + recipe.hint * self.hints.loss()
+            loss = loss + self._share() * recipe.hint * self.hints.loss()
         classes = (
             isinstance(labels, Tensor) and output.ndim == 2 and labels.shape == output.shape[:1] and not labels.is_floating_point()
         )
