@@ -149,9 +149,12 @@ def half(episodes: int, samples: int) -> dict[str, Any]:
         costs = measure({"before": whole, "after": trained}, images[:count], lambda m, x: m(x), {"before": 0, "after": 0}, 50)
         milliseconds[f"batch {count}"] = {name: cost.milliseconds for name, cost in costs.items()}
         macs = {name: cost.macs // count for name, cost in costs.items()}
-    return {"network": "resnet20", **HALF, "episodes": episodes, "top1": scores, "removed": dict(result.policy.removed),
-            "by_stage": BY_STAGE, "macs": macs, "parameters": sum(p.numel() for p in trained.parameters()), "trained_bytes": path.stat().st_size, "original_bytes": result.report.bytes[0], "milliseconds": milliseconds,
-            "threads": torch.get_num_threads(), "report": result.report.as_dict(), "seconds": seconds}  # fmt: skip
+    return {
+        "network": "resnet20", **HALF, "episodes": episodes, "top1": scores, "removed": dict(result.policy.removed),
+        "by_stage": BY_STAGE, "macs": macs, "parameters": sum(p.numel() for p in trained.parameters()),
+        "trained_bytes": path.stat().st_size, "original_bytes": result.report.bytes[0], "milliseconds": milliseconds,
+        "threads": torch.get_num_threads(), "report": result.report.as_dict(), "seconds": seconds,
+    }  # fmt: skip
 
 
 def top5(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
