@@ -6,7 +6,7 @@
 
 Every run begins with the shared float weights and takes ten epochs of the training images (crops and flips), twenty where RUNS says
 so, one seed; the whole file is counted, and the score is that of the decoded file on all 10,000 test images, which nothing else
-ever sees. "float": the float network trained in the same way. The language model learns the first 90 % of the text, twenty times
+ever sees. "float": the float network trained in the same way. The language model learns the first 90 % of the text, five times
 over, and is scored on the last 10 %. Checkpoints lie in benchmarks/cache; results, one JSON and one .tq file a run, in
 benchmarks/training. Writes the table and the picture of docs/training.md.
 """
