@@ -42,22 +42,6 @@ def test_every_other_block_runs(tmp_path):
     assert (tmp_path / "curve.png").exists()
 
 
-@pytest.mark.parametrize("page", ["running", "features", "training"])
-def test_the_blocks_of_a_page_run_on_the_readme_s_model(page, tmp_path):
-    """Python blocks of docs pages, and shell blocks, in a folder where the README's have run."""
-    pytest.importorskip("sklearn", reason="the pages' data come with scikit-learn")
-    (tmp_path / "model.py").write_text(next(block for _, block in BLOCKS if block.startswith("# model.py")))
-    prepare = (
-        "python model.py && transquant compress --model model.py:network --weights float.safetensors --ratio 8 --effort 1 -o net.tq"
-    )
-    run_block("bash", prepare, tmp_path)
-    for language, block in blocks_of(ROOT / "docs" / f"{page}.md"):
-        if language == "python" and block.startswith("# small.py"):
-            (tmp_path / "small.py").write_text(block)
-            continue
-        run_block(language, block, tmp_path)
-
-
 def test_the_table_is_that_of_the_benchmark():
     import json
 
