@@ -29,7 +29,7 @@ import transquant as tq
 from main_job import folds
 from networks import accuracy, cifar10, logits, network
 from pages import insert_table
-from training import _progress, crop_and_flip
+from training import progress, crop_and_flip
 from transquant import modules
 from transquant.inference.cost import measure
 from transquant.searching.episodes import Record
@@ -101,11 +101,11 @@ def mobilenet(episodes: int, samples: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def found(episodes: int = EPISODES, samples: int = 2048) -> tuple[tq.SearchResult, Tensor]:
-    """ResNet-20 at half of its multiply–adds, and the calibration images; searched for once, then taken from the record."""
+def found(episodes: int = EPISODES, samples: int = 2048) -> tq.SearchResult:
+    """ResNet-20 at half of its multiply–adds; searched for once, then taken from the record."""
     images, _ = cifar10("train", limit=samples)
     work = CACHE / f"half-{episodes}-{samples}"
-    return tq.search(network("resnet20"), images.split(256), **HALF, episodes=episodes, work=work), images
+    return tq.search(network("resnet20"), images.split(256), **HALF, episodes=episodes, work=work)
 
 
 def by_stage(images: Tensor) -> nn.Module:
@@ -123,7 +123,7 @@ def tuned(model: nn.Module) -> tq.CompressedModel:
     result = tq.training.fit(
         model, cifar10("train"), method="qat", bits=8, epochs=5, batch=64, teacher=network("resnet20"), distill=0.7,
         hints=[f"layer{stage}.{block}" for stage in (1, 2, 3) for block in range(3)], rate=0.3, vector_rate=0.002,
-        augment=crop_and_flip, autocast="bfloat16", channels_last=True, work=CACHE / "half-training", progress=_progress("half"),
+        augment=crop_and_flip, autocast="bfloat16", channels_last=True, work=CACHE / "half-training", progress=progress("half"),
     )  # fmt: skip
     return result.compressed
 
@@ -135,7 +135,7 @@ def half(episodes: int, samples: int) -> dict[str, Any]:
     if not path.exists():
         tuned(by_stage(cifar10("train", limit=samples)[0])).save(path)
     start = time.perf_counter()
-    result, _ = found(episodes, samples)
+    result = found(episodes, samples)
     seconds = time.perf_counter() - start
     whole, trained = network("resnet20"), tq.load(path).install(network("resnet20"))
     images, labels = cifar10("test")

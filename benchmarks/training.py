@@ -70,7 +70,7 @@ def train_images(name: str, settings: dict[str, Any], epochs: int) -> bytes:
     images, labels = cifar10("train")
     result = tq.training.fit(
         network("resnet20"), (images, labels), epochs=epochs, batch=BATCH, teacher="self", augment=crop_and_flip,
-        autocast="bfloat16", channels_last=True, work=CACHE / name, progress=_progress(name), **{**COMMON, **settings},
+        autocast="bfloat16", channels_last=True, work=CACHE / name, progress=progress(name), **{**COMMON, **settings},
     )  # fmt: skip
     return result.compressed.data
 
@@ -101,7 +101,7 @@ def train_text(name: str, settings: dict[str, Any], epochs: int) -> bytes:
     """The file of the language model."""
     result = tq.training.fit(
         network("charrnn"), Windows(), epochs=epochs, loss=next_character, teacher="self", output=after_warm_up,
-        work=CACHE / name, progress=_progress(name), **{**COMMON, **settings},
+        work=CACHE / name, progress=progress(name), **{**COMMON, **settings},
     )  # fmt: skip
     return result.compressed.data
 
@@ -158,7 +158,7 @@ def run(name: str, epochs: int) -> Row:
     return {"name": name, **how, "epochs": epochs, **row, "seconds": time.perf_counter() - start, "machine": machine}
 
 
-def _progress(name: str) -> Any:
+def progress(name: str) -> Any:
     last = [0.0]
 
     def say(stage: str, done: int, total: int) -> None:
