@@ -29,7 +29,7 @@ import transquant as tq
 from main_job import folds
 from networks import accuracy, cifar10, logits, network
 from pages import insert_table
-from training import progress, crop_and_flip
+from training import crop_and_flip, progress
 from transquant import modules
 from transquant.inference.cost import measure
 from transquant.searching.episodes import Record
