@@ -61,6 +61,7 @@ def fit(
     channels_last: bool = False,
     calibration_samples: int = 2048,
     start: codec.CompressedModel | None = None,
+    equivalent: bool = True,
     transform: str = "auto",
     axis: str | None = None,
     overrides: Mapping[str, Any] | None = None,
@@ -78,8 +79,9 @@ def fit(
     `data`: two tensors (inputs, labels), shuffled anew each epoch and cut into batches of `batch` (what does not fill the last
     is left for other epochs); or an iterable of batches (inputs, labels), or mappings with "labels", such as a DataLoader, that
     gives as many in each epoch; torch, numpy and random are seeded for it in each. `augment(inputs, labels, generator)` gives
-    back both, changed. `method`, `bits`, `size`, `begin`, `start`, `transform`, `axis`, `overrides`, `forward`, `output`, `effort`
-    and `options` are those of `prepare`; it is calibrated on about `calibration_samples` of the inputs, without `augment`.
+    back both, changed. `method`, `bits`, `size`, `begin`, `start`, `equivalent`, `transform`, `axis`, `overrides`, `forward`,
+    `output`, `effort` and `options` are those of `prepare`, `equivalent` where there are no hints; it is calibrated on about
+    `calibration_samples` of the inputs, without `augment`.
 
     Adam goes over the weights, in their steps, at `rate`, and over all else at `vector_rate` (None: a tenth of that), both along
     one cosine to zero; `clip`: the largest norm of the gradient. `loss(outputs, labels)`: a mean over samples, None: cross-entropy.
@@ -120,8 +122,9 @@ def fit(
         about: dict[str, Any] = {
             "method": method, "bits": bits, "size": size, "begin": begin, "transform": transform, "axis": axis,
             "overrides": None if overrides is None else dict(overrides), "effort": effort, "options": options,
-            "start": None if start is None else fingerprint(start.data).hex(), "calibration_samples": calibration_samples,
-            "augment": _name(augment), "teacher": None if taught is None else _weights(taught),
+            "equivalent": equivalent, "start": None if start is None else fingerprint(start.data).hex(),
+            "calibration_samples": calibration_samples, "augment": _name(augment),
+            "teacher": None if taught is None else _weights(taught),
             **{key: _name(getattr(recipe, key)) for key in recipe.__slots__}, **feed.identity(),
         }  # fmt: skip
         about = {"model": _weights(model), **{key: repr(value) for key, value in about.items()}}
@@ -135,7 +138,8 @@ def fit(
         network = prepare(
             twin, feed.calibration(calibration_samples) if start is None else None, method=method, bits=bits, size=size,
             steps=epochs * feed.count, begin=begin, transform=transform, axis=axis, overrides=overrides, forward=forward,
-            output=output, effort=effort, seed=seed, start=start, progress=say, **options,
+            output=output, effort=effort, seed=seed, start=start,
+            equivalent=equivalent and not recipe.hints if isinstance(equivalent, bool) else equivalent, progress=say, **options,
         )  # fmt: skip
         network.fate.kept = True  # nobody waits for the file of a training that fails, but who calls
         loop = Loop(twin, network, taught, feed, recipe, job, checkpoints, _both(say, watch))

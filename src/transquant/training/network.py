@@ -24,6 +24,7 @@ from transquant.errors import InputError, TargetError
 from transquant.grid import global_step
 from transquant.records import CodedTensor
 from transquant.training.code_length import CodeLengths
+from transquant.training.equivalent import one_bias
 from transquant.training.price import Price
 from transquant.training.soft import DIVERGED, SoftWeight
 from transquant.training.template import Template
@@ -32,6 +33,8 @@ EVERY, LOOKS = 25, 40  # steps between two looks at the file, at most; looks tha
 SLACK = 0.01  # by how much a file may be smaller than asked
 SMALL = 64  # bytes that a tiny file may be smaller than asked, as in `Target.slack`
 AIM = 0.996  # of the asked size, while vectors still learn
+NEAR = 0.9985  # the same where symbols settle little by little: what has settled cannot be changed at the end
+LEAD = 0.03  # by how much more is wanted when they begin to: a price that falls brings few of their zeros back
 RATE = 0.01  # steps a step of Adam
 SHIFTS = 14  # halvings of the interval of shifts
 _log = logging.getLogger("transquant")
@@ -53,12 +56,22 @@ def _lost(fate: Fate) -> None:
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """`steps`: of the optimizer, in all; 0 where the caller does not say. The wanted size falls from `begin` times the target to
-    the target until the share `reached`; symbols settle at the share `settled`."""
+    the target until the share `reached`; symbols settle at the share `settled`, or little by little from `settling` on."""
 
     steps: int = 0
     begin: float = 1.0
     reached: float = 0.5
+    settling: float = 1.0
     settled: float = 0.85
+
+    @property
+    def gradual(self) -> bool:
+        """Whether symbols settle little by little."""
+        return self.steps > 0 and self.settling < self.settled
+
+    def held(self, progress: float) -> float:
+        """The share of the symbols that stays at a share of the training, before they have settled."""
+        return min(max((progress - self.settling) / (self.settled - self.settling), 0.0), 1.0) if self.gradual else 0.0
 
 
 class SoftNetwork:
@@ -72,7 +85,7 @@ class SoftNetwork:
     ) -> None:  # fmt: skip
         self.template, self.soft, self.places, self.target = template, dict(soft), dict(places), target
         self.price, self.schedule, self.method, self.seed = price, schedule, method, seed
-        self.lengths, self.step, self.settled, self.bytes = CodeLengths(), 0, False, 0
+        self.lengths, self.step, self.held, self.settled, self.bytes = CodeLengths(), 0, 0.0, False, 0
         self.model, self.fate = [model], Fate()
         weakref.finalize(self, _lost, self.fate)
         for weight in self.soft.values():
@@ -101,6 +114,7 @@ class SoftNetwork:
         Raises TargetError where the size cannot be met when symbols settle."""
         if self.step % self.every == 0:
             self.look()
+            self.hold(self.schedule.held(self.progress))
         if self.schedule.steps and not self.settled and self.step >= self.schedule.settled * self.schedule.steps:
             self.settle()
         self.step += 1
@@ -118,8 +132,10 @@ class SoftNetwork:
     def wanted(self) -> float:
         """Bytes that are wanted now."""
         assert self.target is not None
+        aim, lead = (NEAR, LEAD) if self.schedule.gradual else (AIM, 0.0)
+        lead *= max(1 - self.progress / self.schedule.settled, 0.0)
         over = min(self.progress / self.schedule.reached, 1.0) if self.schedule.reached else 1.0
-        return AIM * self.target * (self.schedule.begin + (1 - self.schedule.begin) * over)
+        return aim * self.target * max(self.schedule.begin + (1 - self.schedule.begin) * over, 1 + lead)
 
     def look(self) -> None:
         """Encode the file as it is now; the price and the code lengths follow it."""
@@ -131,8 +147,8 @@ class SoftNetwork:
             self._turn()
 
     def _turn(self) -> None:
-        """Steps become finer where the file is too small."""
-        if all(weight.follows for weight in self.soft.values()) and (change := self.price.turn()):
+        """Steps become finer where the file is too small, while all symbols can change."""
+        if self.held == 0 and all(weight.follows for weight in self.soft.values()) and (change := self.price.turn()):
             self.rescale(global_step(self.template.size(0) * exp(change)))
 
     def rescale(self, step: tuple[int, int]) -> None:
@@ -141,9 +157,17 @@ class SoftNetwork:
         for name, weight in self.soft.items():
             weight.rescale(step, *self.originals(name))
 
+    def hold(self, share: float) -> None:
+        """Let a share of the symbols stay as they are, where it is more than before and they have not settled."""
+        if share > self.held and not self.settled:
+            for name, weight in self.soft.items():
+                weight.hold(share, *self.originals(name))
+            self.held = share
+
     def settle(self) -> None:
         """Symbols stay as they are at the asked size."""
-        shift = 0.0 if self.target is None else self.shift_for(AIM * self.target, SLACK / 2)
+        aim, slack = ((1 + NEAR) / 2, SLACK - (1 - NEAR)) if self.schedule.gradual else (AIM, SLACK / 2)
+        shift = 0.0 if self.target is None else self.shift_for(aim * self.target, slack)
         for name, weight in self.soft.items():
             weight.settle(shift, *self.originals(name))
         self.settled = True
@@ -221,7 +245,8 @@ class SoftNetwork:
         return self.model[0]
 
     def _file(self, weights: Mapping[str, CodedTensor]) -> bytes:
-        return self.template.file(weights, self.plain_state(), {"training": self.method})
+        state = one_bias(self._module(), self.template.plan, self.plain_state())
+        return self.template.file(weights, state, {"training": self.method})
 
     def plain_state(self) -> dict[str, Tensor]:
         """The state dict under the names it had before, without the soft weights."""
@@ -232,19 +257,28 @@ class SoftNetwork:
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs beside the module's and the optimizer's: numbers, and tensors by name."""
         numbers = {"step": self.step, "settled": self.settled, "memory": self.price.memory, "error": self.price.error}
-        return {**numbers, "bytes": self.bytes, "global_step": self.template.container.step, "lengths": self.lengths.state()}
+        return {
+            **numbers,
+            "held": self.held,
+            "bytes": self.bytes,
+            "global_step": self.template.container.step,
+            "lengths": self.lengths.state(),
+        }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """The mirror of `state`; before the module's own state dict is loaded."""
-        self.step, self.settled, self.bytes = int(state["step"]), bool(state["settled"]), int(state["bytes"])
+        self.step, self.settled, self.bytes = int(state["step"]), False, int(state["bytes"])
         self.price.memory, self.price.error = float(state["memory"]), float(state["error"])
         self.lengths.load(state["lengths"])
         mantissa, exponent = map(int, state["global_step"])
         if (mantissa, exponent) != self.template.container.step:
             self.rescale((mantissa, exponent))
-        if self.settled:
+        self.held = 0.0
+        self.hold(float(state["held"]))  # which ones; what their symbols are comes with the module
+        if settled := bool(state["settled"]):
             for name, weight in self.soft.items():
                 weight.settle(0.0, *self.originals(name))
+        self.settled = settled
 
 
 def originals(module: nn.Module, attribute: str) -> list[tuple[str, nn.Parameter]]:

@@ -29,6 +29,7 @@ from transquant.records import (
     WeightSpec,
 )
 from transquant.targets import parse_target
+from transquant.training.equivalent import fewer_columns
 from transquant.training.methods import method_of
 from transquant.training.network import Schedule, SoftNetwork, originals
 from transquant.training.price import Price
@@ -59,6 +60,7 @@ def prepare(
     effort: int = 3,
     seed: int = 0,
     start: codec.CompressedModel | None = None,
+    equivalent: bool = True,
     progress: codec.Progress | None = None,
     **options: Any,
 ) -> SoftNetwork:
@@ -69,10 +71,11 @@ def prepare(
     before, of this model, without a trellis. Its weights become parametrizations (torch.nn.utils.parametrize), whose parameters
     are in steps: make the optimizer afterwards, best of `SoftNetwork.parameter_groups()`, and add `SoftNetwork.penalty()` to the
     loss at every step. `steps`: how many steps the training will take, for its schedule; 0: not known, everything stays as it
-    begins. `method`: "transform", "diffq", "crq": `bits` (8 · bytes of the file / parameters) or `size` (bytes, or "64KB") is what
-    the file will take; "qat", "lsq": `bits` is the depth of a weight, 1 to 8. `begin`, 1 to 4: training starts at so many times
-    that size and is at it half-way. `options` of the methods:
-    docs/training.md.
+    begins. `equivalent`: without a `start`, weights may become others with which the network computes the same and that take
+    fewer bits: those that read an embedding of fewer tokens than columns, and the embedding, whose rows are then a linear map of
+    what they were. `method`: "transform", "diffq", "crq": `bits` (8 · bytes of the file / parameters) or `size` (bytes, or "64KB")
+    is what the file will take; "qat", "lsq": `bits` is the depth of a weight, 1 to 8. `begin`, 1 to 4: training starts at so many
+    times that size and is at it half-way. `options` of the methods: docs/training.md.
 
     Raises InputError, TargetError."""
     chosen, own = method_of(method, options)
@@ -94,7 +97,12 @@ def prepare(
         raise InputError(f"begin is {begin!r}, allowed are numbers from 1 to {MOST_BEGIN}")
     if not chosen.sized and begin != 1:
         raise InputError(f"begin is {begin}: method {method!r} has a depth and no size to begin above")
+    if not isinstance(equivalent, bool):
+        raise InputError(f"equivalent is {equivalent!r}, allowed are True and False")
     if start is None:
+        if equivalent and calibration is not None:
+            calibration = list(calibration) if isinstance(calibration, Iterator) else calibration
+            fewer_columns(model, plan, calibration, forward, output)
         # a file of a depth is only a start, and has other things to hold than weights: those of a tiny network may be most of it
         wanted: list[dict[str, Any]] = (
             [{"size": int(begin * target.value)}] if chosen.sized else [{"bits": bits}, {"distortion": DISTORTION}]
@@ -104,9 +112,8 @@ def prepare(
             "effort": effort, "seed": seed, "progress": progress,
         }  # fmt: skip
         start = _first_that_fits(model, calibration, wanted, options_of_start)
-    return attach(
-        model, plan, start, method, target.value if chosen.sized else None, Schedule(steps, begin), seed, bits or 0.0, own
-    )
+    schedule = Schedule(steps, begin, settling=chosen.settling, settled=chosen.settled)
+    return attach(model, plan, start, method, target.value if chosen.sized else None, schedule, seed, bits or 0.0, own)
 
 
 def attach(
@@ -116,6 +123,7 @@ def attach(
     """Soft weights for a template, and the network of them."""
     template = Template.of(plan, start.data)
     _same_layout(plan, template)
+    template = template.smallest(start.state_dict())
     owners = dict(model.named_modules(remove_duplicate=False))
     specs = {s.name: s for s in plan.specs if isinstance(s, WeightSpec) and s.module is not None}
     if any(template.weights[name].entry.coding != "u" for name in specs):

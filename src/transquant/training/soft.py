@@ -37,6 +37,7 @@ class SoftWeight(nn.Module, ABC):
     owner: SoftNetwork
     soft_weight = True  # by which other rooms know a prepared model
     follows = False  # whether `rescale` can follow the file's global step
+    gradual = False  # whether `hold` does anything
     rates: tuple[float | None, ...] = (None, None)  # Adam's, of each parameter; None: that of weights
     fixed: Tensor | None  # symbols (O, n), float, once they are settled
     unit: Tensor  # (O, n) or what broadcasts to it: what 1 of the parameter is in the weight (in its coefficients)
@@ -69,6 +70,10 @@ class SoftWeight(nn.Module, ABC):
         """What the method adds to the loss but bits, at a share of the training; None for nothing."""
         return None
 
+    def hold(self, share: float, *originals: Tensor) -> None:
+        """From now on this share of the symbols stays, at least: drawn once, at random, and more of them with a larger share."""
+        return
+
     @abstractmethod
     def settle(self, shift: float, *originals: Tensor) -> None:
         """From now on the weight is what `code(shift)` says."""
@@ -80,9 +85,10 @@ class SoftWeight(nn.Module, ABC):
         with torch.no_grad():
             originals[0].copy_((self.matrix(originals[0]) * (before / self.unit)).reshape(self.shape))
 
-    def generator(self) -> torch.Generator:
-        """For noise: the same in all forward passes of a step, and in all processes."""
-        return torch.Generator().manual_seed(crc32(f"{self.name} {self.owner.seed} {self.owner.step}".encode()))
+    def generator(self, what: object = None) -> torch.Generator:
+        """For noise: the same in all forward passes of a step (None), or for a purpose in all steps; and in all processes."""
+        when = self.owner.step if what is None else what
+        return torch.Generator().manual_seed(crc32(f"{self.name} {self.owner.seed} {when}".encode()))
 
     def matrix(self, original: Tensor) -> Tensor:
         """A tensor of the weight's shape as (O, n)."""

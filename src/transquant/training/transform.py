@@ -1,7 +1,12 @@
 """Transform-quantization retraining (Young et al., arXiv 2009.01174, section on retraining; `quantize` in steps fixed before).
 
 Coefficients, and the basis where a layer has one, learn through straight-through rounding; steps are those that allocation gave.
-Where we differ: codes are entropy-coded, so rounding has a dead zone and what learns pays for the bits it takes.
+Where we differ: codes are entropy-coded, so rounding has a dead zone and what learns pays for the bits it takes. And symbols settle
+little by little, drawn at random, while the others learn to make up for them: weights come to rest at borders, where the loss and
+the price of a bit balance, and go on jumping to and fro, each in the noise of all others; settled all at once they stay wherever
+they were. (Parts that are fixed while the rest learns: Zhou et al., arXiv 1702.03044; weights that oscillate, and are frozen one by
+one: Nagel et al., arXiv 2203.11086. There those that are large or oscillate most go first; here both nearest and farthest from a
+border first were much worse than at random, see docs/training.md.)
 """
 
 from __future__ import annotations
@@ -28,10 +33,13 @@ class TransformWeight(SoftWeight):
     """Parameters: coefficients in steps, in the weight's shape; and the basis, (r, r) in its integers, where one is sent."""
 
     basis: Tensor
-    follows = True
+    follows = gradual = True
+    held: Tensor | None  # symbols (O, n), float, of which some stay
 
     def __init__(self, tensor: CodedTensor, step: tuple[int, int]) -> None:
         super().__init__(tensor, step)
+        self.register_buffer("held", None)
+        self.stays: Tensor | None = None  # bool (O, n), which
         self.dead_zone = 0.5 - tensor.entry.recon_offsets[0] / 64  # magnitudes are rebuilt in the middle of their bins
         if tensor.entry.transform == "d":
             self.register_buffer("basis", torch.from_numpy(dct_basis(tensor.entry.shape[2:])).float(), persistent=False)
@@ -56,7 +64,8 @@ class TransformWeight(SoftWeight):
         """Rounded coefficients, synthesized; gradients as if nothing were rounded."""
         scaled = self.matrix(originals[0])
         hard = rebuilt(self._symbols(scaled, 0.0), self.tensor.entry.recon_offsets)
-        decoded = (hard if self.fixed is not None else through(hard, scaled)) * self.unit
+        soft = hard if self.fixed is not None else through(hard, scaled)
+        decoded = (soft if self.stays is None else torch.where(self.stays, hard, soft)) * self.unit
         if self.tensor.entry.transform != "i":
             basis = None if len(originals) < 2 else through(originals[1].round(), originals[1])
             decoded = self._synthesis(decoded, basis)
@@ -64,7 +73,10 @@ class TransformWeight(SoftWeight):
 
     def bits(self, lengths: CodeLengths, *originals: Tensor) -> Tensor:
         """Of the coefficients; a basis keeps its length, nearly."""
-        return lengths.bits(self.name, (self.matrix(originals[0]).abs() - (self.dead_zone - 0.5)).clamp(min=0))
+        scaled = self.matrix(originals[0])
+        if self.stays is not None:
+            scaled = torch.where(self.stays, scaled.detach(), scaled)
+        return lengths.bits(self.name, (scaled.abs() - (self.dead_zone - 0.5)).clamp(min=0))
 
     def code(self, shift: float, *originals: Tensor) -> CodedTensor:
         """`shift`: by how many steps the dead zone is wider."""
@@ -75,14 +87,27 @@ class TransformWeight(SoftWeight):
             basis = np.where(used[None, :], basis, 0).astype(np.int32)
         return replace(self.tensor, symbols=symbols, basis=basis)
 
+    def hold(self, share: float, *originals: Tensor) -> None:
+        """Coefficients' symbols; a basis goes on learning."""
+        scaled = self.matrix(originals[0].detach())
+        self.held = self._symbols(scaled, 0.0)
+        self.stays = (torch.rand(scaled.shape, generator=self.generator("held")) < share).to(scaled.device)
+
     def settle(self, shift: float, *originals: Tensor) -> None:
         """Coefficients stay; a basis goes on learning."""
         self.fixed = self._symbols(self.matrix(originals[0].detach()), shift)
+        self.held = self.stays = None
 
     def _symbols(self, scaled: Tensor, shift: float) -> Tensor:
-        if self.fixed is None:
-            return symbols_of(scaled, self.dead_zone + shift)
-        return self.fixed if shift == 0 else torch.where(scaled.abs() < self.dead_zone + shift, 0.0, self.fixed)
+        """Of coefficients in steps. Where the bin of zero is wider or narrower by `shift`, that goes for those that stay, too."""
+        border = self.dead_zone + shift
+        if self.fixed is not None:
+            return self.fixed if shift == 0 else torch.where(scaled.abs() < border, 0.0, self.fixed)
+        free = symbols_of(scaled, border)
+        if self.held is None or self.stays is None:
+            return free
+        stays = self.stays if shift == 0 else self.stays & ((self.held != 0) if shift < 0 else (scaled.abs() >= border))
+        return torch.where(stays, self.held, free)
 
     def _matrix_of(self, basis: Tensor | None) -> Tensor:
         """Synthesis (r, r), in the integers of the file: their scales are part of the steps."""
