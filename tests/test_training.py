@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -196,3 +197,41 @@ def test_what_cannot_be_is_said(digits, start):
     training.prepare(tiny, size=400, start=start)
     with pytest.raises(TargetError, match="the smallest takes"):
         training.harden(tiny)
+
+
+def test_symbols_that_stay_do_not_change_and_more_stay_with_every_look(digits, start):
+    model = pretrained()
+    network = training.prepare(model, bits=1.2, start=start, steps=100)
+    model.train()
+    optimizer, shares = None, []
+    for step in range(88):
+        held = {n: (w.stays.clone(), network.coded(0.0)[n].symbols) for n, w in network.soft.items() if w.stays is not None}
+        optimizer = train(model, network, digits[:2], step + 1, step, optimizer)
+        shares.append(network.held)
+        now = network.coded(0.0)
+        for name, (stays, symbols) in held.items():
+            weight, stays = network.soft[name], stays.numpy()
+            assert bool(weight.stays.numpy()[stays].all())
+            np.testing.assert_array_equal(now[name].symbols[stays], symbols[stays])
+            gradient = weight.matrix(network.originals(name)[0].grad)
+            assert float(gradient[torch.from_numpy(stays)].abs().max()) == 0.0
+    assert shares == sorted(shares)
+    assert shares[5] == 0 < shares[20]
+    assert shares[-1] > 0.9
+    for name, weight in network.soft.items():
+        assert abs(float(weight.stays.double().mean()) - network.held) < 0.15, name
+    train(model, network, digits[:2], 91, 88, optimizer)
+    assert network.settled
+    assert all(weight.stays is None for weight in network.soft.values())
+
+
+def test_of_two_adaptive_coders_training_takes_the_smaller(start):
+    model = pretrained()
+    network = training.prepare(model, bits=1.5, start=start)
+    state = start.state_dict()
+    sizes = {c: len(replace(network.template, coder=c).file(network.template.weights, state, {})) for c in ("m", "s")}
+    assert len(network.template.file(network.template.weights, state, {})) == min(sizes.values())
+    assert len(set(sizes.values())) == 2
+    plain = tq.compress(pretrained(), bits=3.0, trellis=False, effort=1, coder="static")
+    twin = pretrained()
+    assert training.prepare(twin, bits=3.0, start=plain).template.coder == "l"

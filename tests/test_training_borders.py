@@ -143,6 +143,8 @@ def test_a_training_that_begins_above_its_size_ends_at_it():
     assert network.bytes > 1.2 * size
     assert 1.4 * size < network.wanted() <= 1.5 * size
     network.step = 20
+    assert network.wanted() <= 1.015 * size  # what has settled shrinks a little more
+    network.step = 36
     assert network.wanted() <= size
     assert len(training.harden(model).data) <= size
     for begin, method, message in ((0.5, "transform", "allowed are numbers from 1"), (2.0, "lsq", "no size to begin above")):

@@ -13,7 +13,6 @@ And of two biases that are added one is enough.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +27,6 @@ from transquant.records import Plan, VectorSpec, WeightSpec
 POWER = 0.25  # D is so much of a direction's variance, inverted: half-way between what is best for E and for W
 SEEN = 1e-9  # of the table's energy: with less a direction is not there
 SAME = 1e-3  # of the outputs' root mean square: by how much they may differ
-_log = logging.getLogger("transquant")
 
 
 @dataclass(slots=True)
@@ -61,7 +59,7 @@ def fewer_columns(
     batches = list(micro_batches(batches_of(calibration, whole=forward is not None)))
     with unchanged(model), torch.no_grad():
         model.eval()
-        before = _watched(model, found, batches, forward, output)
+        before, done = _watched(model, found, batches, forward, output), set()
         for reading in found:
             layers = [_inputs(m) for m in reading.readers]
             if not layers or any(w is None or not all(id(p) in own for p in w) for w, _ in layers):
@@ -72,13 +70,12 @@ def fewer_columns(
             kept = [p.detach().clone() for p in changed]
             _rotate(reading, weights, biases if all(b is not None and id(b) in own for b in biases) else None)
             after = run_batch(model, batches[0], forward, output)
-            if not bool((after - before).abs().max() <= SAME * before.square().mean().sqrt()):
-                _log.debug("an embedding is read by more than what was found: nothing is changed")
-                for parameter, value in zip(changed, kept, strict=True):
-                    parameter.copy_(value)
-                reading.readers.clear()
-    done = {id(r.embedding) for r in found if r.readers}
-    return [name for name, m in model.named_modules() if id(m) in done]
+            if bool((after - before).abs().max() <= SAME * before.square().mean().sqrt()):
+                done.add(reading.embedding)
+                continue
+            for parameter, value in zip(changed, kept, strict=True):
+                parameter.copy_(value)
+    return [name for name, m in model.named_modules() if m in done]
 
 
 def one_bias(model: nn.Module, plan: Plan, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -119,7 +116,7 @@ def _inputs(module: nn.Module) -> tuple[list[Tensor] | None, Tensor | None]:
     if type(module) is nn.Linear:
         return [module.weight], module.bias
     if isinstance(module, nn.RNNBase):
-        weights = [p for n, p in module._parameters.items() if n.startswith("weight_ih_l0") and p is not None]
+        weights: list[Tensor] = [p for n, p in module._parameters.items() if n.startswith("weight_ih_l0") and p is not None]
         return weights, module._parameters.get("bias_ih_l0") if len(weights) == 1 else None
     return None, None
 
