@@ -6,7 +6,7 @@
 
 Every run begins with the shared float weights and takes ten epochs of the training images (crops and flips), twenty where RUNS says
 so, one seed; the whole file is counted, and the score is that of the decoded file on all 10,000 test images, which nothing else
-ever sees. "float": the float network trained in the same way. The language model learns the first 90 % of the text, five times
+ever sees. "float": the float network trained in the same way. The language model learns the first 90 % of the text, twenty times
 over, and is scored on the last 10 %. Checkpoints lie in benchmarks/cache; results, one JSON and one .tq file a run, in
 benchmarks/training. Writes the table and the picture of docs/training.md.
 """
@@ -47,7 +47,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "diffq-4.0": {"method": "diffq", "bits": 4.0},
     "lsq-2": {"method": "lsq", "bits": 2},
     "qat-2": {"method": "qat", "bits": 2},
-    "lstm-1.5": {"method": "transform", "bits": 1.5, "epochs": 5, "distill": 1.0},
+    "lstm-1.5": {"method": "transform", "bits": 1.5, "epochs": 20, "distill": 1.0, "autocast": "bfloat16"},
 }
 LABELS = {"transform": "transform quantization", "diffq": "DiffQ", "crq": "CRQ (reconstructed)", "qat": "QAT", "lsq": "LSQ"}
 
@@ -78,7 +78,7 @@ def train_images(name: str, settings: dict[str, Any], epochs: int) -> bytes:
 class Windows:
     """Rows of text at random places of its first 90 %: an epoch shows as many characters as there are."""
 
-    def __init__(self, batch: int = 32, length: int = 200) -> None:
+    def __init__(self, batch: int = 128, length: int = 200) -> None:
         self.text = characters(0.0, last=0.9).reshape(-1)
         self.batch, self.length = batch, length
 

@@ -201,7 +201,7 @@ def test_what_cannot_be_is_said(digits, start):
 
 def test_symbols_that_stay_do_not_change_and_more_stay_with_every_look(digits, start):
     model = pretrained()
-    network = training.prepare(model, bits=1.2, start=start, steps=100)
+    network = training.prepare(model, bits=1.5, start=start, steps=100)
     model.train()
     optimizer, shares = None, []
     for step in range(88):
@@ -223,6 +223,15 @@ def test_symbols_that_stay_do_not_change_and_more_stay_with_every_look(digits, s
     train(model, network, digits[:2], 91, 88, optimizer)
     assert network.settled
     assert all(weight.stays is None for weight in network.soft.values())
+
+
+def test_nothing_stays_while_the_file_is_too_large(digits, start):
+    model = pretrained()
+    network = training.prepare(model, bits=1.0, start=start, steps=100)
+    train(model, network, digits[:2], 21)
+    assert network.schedule.held(network.progress) > 0
+    assert network.bytes > 1.02 * network.wanted()
+    assert network.held == 0
 
 
 def test_of_two_adaptive_coders_training_takes_the_smaller(start):

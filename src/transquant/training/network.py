@@ -114,7 +114,8 @@ class SoftNetwork:
         Raises TargetError where the size cannot be met when symbols settle."""
         if self.step % self.every == 0:
             self.look()
-            self.hold(self.schedule.held(self.progress))
+            if self.target is None or self.bytes <= (1 + SLACK) * self.wanted():  # what stays cannot become smaller
+                self.hold(self.schedule.held(self.progress))
         if self.schedule.steps and not self.settled and self.step >= self.schedule.settled * self.schedule.steps:
             self.settle()
         self.step += 1
