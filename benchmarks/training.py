@@ -47,7 +47,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "diffq-4.0": {"method": "diffq", "bits": 4.0},
     "lsq-2": {"method": "lsq", "bits": 2},
     "qat-2": {"method": "qat", "bits": 2},
-    "lstm-1.5": {"method": "transform", "bits": 1.5, "epochs": 20, "distill": 1.0, "autocast": "bfloat16"},
+    "lstm-1.5": {"method": "transform", "bits": 1.5, "epochs": 20, "distill": 1.0, "autocast": "bfloat16", "gradual": True},
 }
 LABELS = {"transform": "transform quantization", "diffq": "DiffQ", "crq": "CRQ (reconstructed)", "qat": "QAT", "lsq": "LSQ"}
 

@@ -165,7 +165,14 @@ def test_fit_ends_with_the_same_bits_after_a_kill(ids, tmp_path):
         if moment.step == 13:
             raise Stop
 
-    given = {"bits": 4.0, "epochs": 6, "batch": 8, "effort": 1, "loss": lambda out, y: (out.mean(-1) - y).square().mean()}
+    given = {
+        "bits": 4.0,
+        "epochs": 6,
+        "gradual": True,
+        "batch": 8,
+        "effort": 1,
+        "loss": lambda out, y: (out.mean(-1) - y).square().mean(),
+    }
     whole = tq.training.fit(model, (ids, labels), **given).compressed
     with pytest.raises(Stop):
         tq.training.fit(model, (ids, labels), work=tmp_path / "w", watch=stop, **given)

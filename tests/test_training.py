@@ -201,7 +201,7 @@ def test_what_cannot_be_is_said(digits, start):
 
 def test_symbols_that_stay_do_not_change_and_more_stay_with_every_look(digits, start):
     model = pretrained()
-    network = training.prepare(model, bits=1.5, start=start, steps=100)
+    network = training.prepare(model, bits=1.5, start=start, steps=100, gradual=True)
     network.target = None  # whatever its size
     model.train()
     optimizer, shares = None, []
@@ -228,7 +228,7 @@ def test_symbols_that_stay_do_not_change_and_more_stay_with_every_look(digits, s
 
 def test_nothing_stays_while_the_file_is_too_large(digits, start):
     model = pretrained()
-    network = training.prepare(model, bits=1.0, start=start, steps=100)
+    network = training.prepare(model, bits=1.0, start=start, steps=100, gradual=True)
     train(model, network, digits[:2], 21)
     assert network.schedule.held(network.progress) > 0
     assert network.bytes > 1.02 * network.wanted()

@@ -24,19 +24,18 @@ Soften = Callable[[Template, Mapping[str, WeightSpec], float, Mapping[str, Any]]
 class Method:
     """`soften(template, specs, bits, options)`: soft weights by name, of those in `specs`; `options`: names and defaults of what
     `prepare` takes for this method alone. `sized`: `bits` is 8 · bytes of the file / parameters, which the training meets; else
-    it is a depth, and the file is as large as it gets. `settling`, `settled`: shares of the training at which symbols begin to
-    settle, and have settled."""
+    it is a depth, and the file is as large as it gets."""
 
     soften: Soften
     options: Mapping[str, Any] = field(default_factory=dict)
     sized: bool = True
-    settling: float = 1.0
-    settled: float = 0.85
 
 
 def _transform(
     template: Template, specs: Mapping[str, WeightSpec], bits: float, options: Mapping[str, Any]
 ) -> dict[str, SoftWeight]:
+    if not isinstance(options["gradual"], bool):
+        raise InputError(f"gradual is {options['gradual']!r}, allowed are True and False")
     return {name: TransformWeight(template.weights[name], template.container.step) for name in specs}
 
 
@@ -90,7 +89,7 @@ def _kept(specs: Mapping[str, WeightSpec], keep: Any) -> set[str]:
 
 
 METHODS: dict[str, Method] = {
-    "transform": Method(_transform, settling=0.1, settled=0.9),
+    "transform": Method(_transform, {"gradual": False}),
     "diffq": Method(_diffq, {"group": 8, "noise": "uniform", "init_bits": None, "rounded": 0.5}),
     "crq": Method(_clustered, {"levels": 3, "strength": STRENGTH, "hard": HARD, "keep": ENDS}),
     "qat": Method(_uniform(learned=False), {"keep": ENDS}, sized=False),

@@ -41,6 +41,7 @@ DEPTHS = 1, 8
 MOST_BEGIN = 4.0
 DISTORTION = 1e-3  # of the start of a depth, in units of the metric, where its file cannot have that many bits
 HALF = "float16", "bfloat16"
+GRADUAL = 0.5, 0.1, 0.9  # shares of the training: the size is reached, symbols begin to settle, and have settled
 
 
 def prepare(
@@ -112,7 +113,7 @@ def prepare(
             "effort": effort, "seed": seed, "progress": progress,
         }  # fmt: skip
         start = _first_that_fits(model, calibration, wanted, options_of_start)
-    schedule = Schedule(steps, begin, settling=chosen.settling, settled=chosen.settled)
+    schedule = Schedule(steps, begin, *GRADUAL) if own.get("gradual") else Schedule(steps, begin)
     return attach(model, plan, start, method, target.value if chosen.sized else None, schedule, seed, bits or 0.0, own)
 
 

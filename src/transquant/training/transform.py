@@ -1,12 +1,12 @@
 """Transform-quantization retraining (Young et al., arXiv 2009.01174, section on retraining; `quantize` in steps fixed before).
 
 Coefficients, and the basis where a layer has one, learn through straight-through rounding; steps are those that allocation gave.
-Where we differ: codes are entropy-coded, so rounding has a dead zone and what learns pays for the bits it takes. And symbols settle
-little by little, drawn at random, while the others learn to make up for them: weights come to rest at borders, where the loss and
-the price of a bit balance, and go on jumping to and fro, each in the noise of all others; settled all at once they stay wherever
-they were. (Parts that are fixed while the rest learns: Zhou et al., arXiv 1702.03044; weights that oscillate, and are frozen one by
-one: Nagel et al., arXiv 2203.11086. There those that are large or oscillate most go first; here both nearest and farthest from a
-border first were much worse than at random, see docs/training.md.)
+Where we differ: codes are entropy-coded, so rounding has a dead zone and what learns pays for the bits it takes. And, as an option,
+symbols settle little by little, drawn at random, while the others learn to make up for them: weights come to rest at borders,
+where the loss and the price of a bit balance, and go on jumping to and fro, each in the noise of all others; settled all at once
+they stay wherever they were. (Parts that are fixed while the rest learns: Zhou et al., arXiv 1702.03044; weights that oscillate,
+and are frozen one by one: Nagel et al., arXiv 2203.11086. There those that are large or oscillate most go first; here both nearest
+and farthest from a border first were worse than at random, see docs/training.md.)
 """
 
 from __future__ import annotations
