@@ -80,22 +80,16 @@ def fewer_columns(
 
 def one_bias(model: nn.Module, plan: Plan, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict in which of two biases that a recurrent layer adds the second is zero, and the first their sum. (A GRU's are
-    multiplied with a gate in part, and stay.)"""
-    merged, coded = dict(state), {s.name for s in plan.specs if isinstance(s, VectorSpec)}
-    users: dict[int, int] = {}
-    for parameter in (p for m in model.modules() for p in m._parameters.values()):
-        users[id(parameter)] = users.get(id(parameter), 0) + 1
+    multiplied with a gate in part, and stay, as do biases that are shared, do not learn or are stored exactly.)"""
+    merged, own = dict(state), _unshared(model, plan)
     for path, module in model.named_modules():
         if not isinstance(module, nn.RNN | nn.LSTM | nn.RNNCell | nn.LSTMCell):
             continue
-        for attribute, parameter in module._parameters.items():
-            second = attribute.replace("bias_ih", "bias_hh")
-            names = [f"{path}.{a}".removeprefix(".") for a in (attribute, second)]
-            if second == attribute or not coded.issuperset(names) or parameter is None:
-                continue
-            if users[id(parameter)] == users[id(module._parameters[second])] == 1:
-                merged[names[0]] = state[names[0]] + state[names[1]]
-                merged[names[1]] = torch.zeros_like(state[names[1]])
+        for attribute in (a for a in module._parameters if a.startswith("bias_ih")):
+            both = attribute, attribute.replace("bias_ih", "bias_hh")
+            if all(id(module._parameters[a]) in own for a in both):
+                first, second = (f"{path}.{a}".removeprefix(".") for a in both)
+                merged[first], merged[second] = state[first] + state[second], torch.zeros_like(state[second])
     return merged
 
 

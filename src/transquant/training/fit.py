@@ -139,7 +139,7 @@ def fit(
             twin, feed.calibration(calibration_samples) if start is None else None, method=method, bits=bits, size=size,
             steps=epochs * feed.count, begin=begin, transform=transform, axis=axis, overrides=overrides, forward=forward,
             output=output, effort=effort, seed=seed, start=start,
-            equivalent=equivalent and not recipe.hints if isinstance(equivalent, bool) else equivalent, progress=say, **options,
+            equivalent=False if recipe.hints else equivalent, progress=say, **options,
         )  # fmt: skip
         network.fate.kept = True  # nobody waits for the file of a training that fails, but who calls
         loop = Loop(twin, network, taught, feed, recipe, job, checkpoints, _both(say, watch))

@@ -37,7 +37,6 @@ class SoftWeight(nn.Module, ABC):
     owner: SoftNetwork
     soft_weight = True  # by which other rooms know a prepared model
     follows = False  # whether `rescale` can follow the file's global step
-    gradual = False  # whether `hold` does anything
     rates: tuple[float | None, ...] = (None, None)  # Adam's, of each parameter; None: that of weights
     fixed: Tensor | None  # symbols (O, n), float, once they are settled
     unit: Tensor  # (O, n) or what broadcasts to it: what 1 of the parameter is in the weight (in its coefficients)

@@ -33,7 +33,7 @@ class TransformWeight(SoftWeight):
     """Parameters: coefficients in steps, in the weight's shape; and the basis, (r, r) in its integers, where one is sent."""
 
     basis: Tensor
-    follows = gradual = True
+    follows = True
     held: Tensor | None  # symbols (O, n), float, of which some stay
 
     def __init__(self, tensor: CodedTensor, step: tuple[int, int]) -> None:
