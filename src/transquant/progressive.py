@@ -87,7 +87,7 @@ def _coders(encoder: Encoder, draft: Draft, choice: Choice) -> dict[str, RowCode
         transform, stats = encoder.transform(specs[name]), encoder.layers[name]
         reached = stats.input_moment.any() and stats.output_moment.any()
         if reached and by_rows(tensor, transform):
-            coders[name] = RowCoder(tensor, encoder.source.values[name], stats, draft.c, draft.step, choice, transform)
+            coders[name] = RowCoder.of(tensor, encoder.source.values[name], stats, draft.c, draft.step, choice, transform)
     return coders
 
 

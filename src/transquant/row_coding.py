@@ -19,7 +19,8 @@ from transquant.quantizers.feedback import Rounding
 from transquant.quantizers.metric import Factor, factor
 from transquant.quantizers.trellis import SIZES, Trellis
 from transquant.records import CodedTensor, FloatArray, IntArray, LayerStats
-from transquant.weights import dequantized, frame_of, lagrangian, metric_of, quantize_groups
+from transquant.transforms.frame import Frame
+from transquant.weights import Moments, dequantized, frame_of, lagrangian, metric_of, quantize_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,23 +34,31 @@ class CodedRows:
 
 
 class RowCoder:
-    """Quantizes rows of one weight: those of `tensor`, float64 (O, n) `weight` quantized as a whole with scalar c and the same
-    `choice` and `transform`, whose entry, exponents and basis it takes over."""
+    """Quantizes rows of one weight, with the entry, exponents and basis of `tensor`, what it is as a whole. `moments`: of each
+    group (A, G), regularised; `frame`: of its transform; `bit`: what a bit costs, units of the metric; `rounding`: where there is
+    no trellis."""
 
     def __init__(
-        self, tensor: CodedTensor, weight: FloatArray, stats: LayerStats, c: float, step: tuple[int, int], choice: Choice,
-        transform: LayerTransform,
-    ) -> None:  # fmt: skip
-        self.tensor, self.step, self.choice, self.bit = tensor, step, choice, choice.rate * lagrangian(c)
-        entry = tensor.entry
-        _, damped, _ = metric_of(weight, stats, c, choice)
-        self.output_moments = [g for _, g in damped]
-        self.frame = frame_of(entry, weight, damped, transform, None)
-        self._input_moments = [a if self.frame is None else self.frame.column_moment(a) for a, _ in damped]
+        self, tensor: CodedTensor, moments: Moments, frame: Frame | None, bit: float, step: tuple[int, int], rounding: Rounding
+    ) -> None:
+        self.tensor, self.moments, self.frame, self.bit, self.step = tensor, moments, frame, bit, step
+        trellised = tensor.entry.coding == "t"
+        self.rounding = Rounding(offsets=tensor.entry.recon_offsets) if trellised else rounding
+        self._input_moments = [a if frame is None else frame.column_moment(a) for a, _ in moments]
         sizes = steps(step, tensor_index(tensor))
-        if self.frame is not None:
-            sizes = sizes / self.frame.layout.per_band(self.frame.scales)
-        self.sizes = np.broadcast_to(sizes, weight.shape)
+        if frame is not None:
+            sizes = sizes / frame.layout.per_band(frame.scales)
+        self.sizes = np.broadcast_to(sizes, tensor.symbols.shape)
+
+    @classmethod
+    def of(
+        cls, tensor: CodedTensor, weight: FloatArray, stats: LayerStats, c: float, step: tuple[int, int], choice: Choice,
+        transform: LayerTransform,
+    ) -> RowCoder:  # fmt: skip
+        """For `tensor`: float64 (O, n) `weight`, quantized as a whole with scalar c and the same `choice` and `transform`."""
+        _, damped, _ = metric_of(weight, stats, c, choice)
+        frame = frame_of(tensor.entry, weight, damped, transform, None)
+        return cls(tensor, damped, frame, choice.rate * lagrangian(c), step, choice.rounding())
 
     @cached_property
     def _input_factors(self) -> list[Factor]:
@@ -69,11 +78,8 @@ class RowCoder:
         coeffs = target
         if self.frame is not None:
             coeffs = replace(self.frame, layout=replace(self.frame.layout, rows=len(rows))).analyze(target)
-        rounding = self.choice.rounding()
-        if entry.coding == "t":
-            rounding = Rounding(offsets=entry.recon_offsets)
-        height = entry.rows // len(self.output_moments)
-        for group, moment in enumerate(self.output_moments):
+        height = entry.rows // len(self.moments)
+        for group, (_, moment) in enumerate(self.moments):
             mine = np.flatnonzero(rows // height == group)
             if not len(mine):
                 continue
@@ -83,7 +89,7 @@ class RowCoder:
             left = factor(moment[own] if moment.ndim == 1 else np.ascontiguousarray(moment[np.ix_(own, own)]))
             factors = [(self._input_factors[group], left)]
             sizes = np.ascontiguousarray(self.sizes[rows[mine]])
-            symbols[mine], _ = quantize_groups(coeffs[mine], sizes, factors, rounding, None, trellis, self.bit * tilt)
+            symbols[mine], _ = quantize_groups(coeffs[mine], sizes, factors, self.rounding, None, trellis, self.bit * tilt)
             counts = None if trellis is None else trellis.counts
         exponents = self.tensor.row_exponents
         # columns of the basis that the whole did without are not sent: where a trellis is, symbol 0 has a value, so none come back

@@ -114,10 +114,11 @@ def _entropy_coded(
     """One step index and half-octave exponents; symbols for the entropy coder."""
     frame = frame_of(entry, weight, damped, transform, c if not method.feedback else None)
     factors = [_factors(frame, a, g, method.feedback) for a, g in damped]
+    dead: NDArray[np.bool_] | None = np.all(weight == 0, axis=0) if frame is None else None
     if rows is None:
         plan = matrix_steps(
             np.stack([g.diagonal for _, g in factors]), np.stack([a.diagonal for a, _ in factors]), entry.group_columns,
-            choice.grouping,
+            choice.grouping, dead,
         )  # fmt: skip
     else:
         plan = row_plan(rows)
@@ -125,6 +126,8 @@ def _entropy_coded(
             method = replace(method, state_bits=0)
     if method.state_bits:
         plan = replace(plan, qp=min(plan.qp + PATH_QUARTERS, MAX_QP))
+        if dead is not None:
+            plan = _silent(plan, np.all(dead.reshape(-1, entry.group_columns), axis=1))
     coeffs = weight if frame is None else frame.analyze(weight)
     plan = plan if frame is None else _scaled(plan, frame)
     sizes = _step_sizes(entry, plan, step, frame)
@@ -180,6 +183,15 @@ def _of_rank(
     )
     sent = np.pad(integers, ((0, 0), bands)).astype(np.int32)
     return CodedTensor(whole, symbols, of_rows, of_columns, sent), None, frame.synthesize(decoded)
+
+
+def _silent(plan: StepPlan, dead: NDArray[np.bool_]) -> StepPlan:
+    """In a trellis symbol 0 has a value: in column groups that are zero it becomes as small as can be, so that the cheapest path
+    is the best one there."""
+    if not dead.any() or dead.all():
+        return plan
+    exponents = np.zeros(len(dead), np.int32) if plan.column_exponents is None else plan.column_exponents
+    return replace(plan, column_exponents=np.where(dead, -MAX_EXPONENT, exponents).astype(np.int32))
 
 
 def _path_offsets(scaled: FloatArray, shrink: float) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from transquant.grid import MAX_EXPONENT, MAX_QP, nearest_qp
 from transquant.records import FloatArray, IntArray
@@ -34,9 +35,14 @@ class StepPlan:
     column_exponents: IntArray | None
 
 
-def matrix_steps(output_diagonal: FloatArray, input_diagonal: FloatArray, taps: int, grouping: Grouping) -> StepPlan:
-    """Steps of a weight matrix from D_g, float64 (g, o), and D_a, float64 (g, n)."""
+def matrix_steps(
+    output_diagonal: FloatArray, input_diagonal: FloatArray, taps: int, grouping: Grouping, dead: NDArray[np.bool_] | None = None
+) -> StepPlan:  # fmt: skip
+    """Steps of a weight matrix from D_g, float64 (g, o), and D_a, float64 (g, n). `dead`, (n,): columns that are zero, which say
+    nothing about the others' steps."""
     log_in = np.log2(input_diagonal)
+    if dead is not None and dead.any() and not dead.all():
+        log_in = np.where(dead, log_in[:, ~dead].mean(1, keepdims=True), log_in)
     rows = (np.log2(output_diagonal) + log_in.mean(1, keepdims=True)).reshape(-1)
     mean = float(rows.mean())
     columns = (log_in - log_in.mean(1, keepdims=True)).mean(0).reshape(-1, taps).mean(1)

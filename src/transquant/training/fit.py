@@ -25,6 +25,7 @@ from transquant.training.checkpoint import Checkpoints
 from transquant.training.feed import Augment, Feed
 from transquant.training.history import FitResult, Moment
 from transquant.training.loop import Loop
+from transquant.training.methods import METHODS
 from transquant.training.network import RATE
 from transquant.training.prepare import harden, prepare, soft_network
 from transquant.training.recipe import Recipe, function, names, whole
@@ -135,8 +136,10 @@ def fit(
             _same(found["about"], about, checkpoints)
             start = codec.load_bytes(found["start"])
         twin = copy.deepcopy(model)
+        # a checkpoint has what a method knows of the samples
+        seen = start is None or (found is None and method in METHODS and METHODS[method].by_rows)
         network = prepare(
-            twin, feed.calibration(calibration_samples) if start is None else None, method=method, bits=bits, size=size,
+            twin, feed.calibration(calibration_samples) if seen else None, method=method, bits=bits, size=size,
             steps=epochs * feed.count, begin=begin, transform=transform, axis=axis, overrides=overrides, forward=forward,
             output=output, effort=effort, seed=seed, start=start,
             equivalent=False if recipe.hints else equivalent, progress=say, **options,

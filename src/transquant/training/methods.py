@@ -10,6 +10,7 @@ from transquant.errors import InputError
 from transquant.records import WeightSpec
 from transquant.training.crq import HARD, STRENGTH, ClusteredWeight
 from transquant.training.diffq import GROUPS, MOST, NOISES, NoisyWeight
+from transquant.training.rows import RowsWeight
 from transquant.training.soft import SoftWeight
 from transquant.training.template import Template
 from transquant.training.transform import TransformWeight
@@ -24,11 +25,13 @@ Soften = Callable[[Template, Mapping[str, WeightSpec], float, Mapping[str, Any]]
 class Method:
     """`soften(template, specs, bits, options)`: soft weights by name, of those in `specs`; `options`: names and defaults of what
     `prepare` takes for this method alone. `sized`: `bits` is 8 · bytes of the file / parameters, which the training meets; else
-    it is a depth, and the file is as large as it gets."""
+    it is a depth, and the file is as large as it gets. `by_rows`: the network is a `ProgressiveNetwork`, whose template may have a
+    trellis, and no transform."""
 
     soften: Soften
     options: Mapping[str, Any] = field(default_factory=dict)
     sized: bool = True
+    by_rows: bool = False
 
 
 def _transform(
@@ -37,6 +40,10 @@ def _transform(
     if not isinstance(options["gradual"], bool):
         raise InputError(f"gradual is {options['gradual']!r}, allowed are True and False")
     return {name: TransformWeight(template.weights[name], template.container.step) for name in specs}
+
+
+def _rows(template: Template, specs: Mapping[str, WeightSpec], bits: float, options: Mapping[str, Any]) -> dict[str, SoftWeight]:
+    return {name: RowsWeight(template.weights[name], template.container.step) for name in specs}
 
 
 def _diffq(template: Template, specs: Mapping[str, WeightSpec], bits: float, options: Mapping[str, Any]) -> dict[str, SoftWeight]:
@@ -90,6 +97,7 @@ def _kept(specs: Mapping[str, WeightSpec], keep: Any) -> set[str]:
 
 METHODS: dict[str, Method] = {
     "transform": Method(_transform, {"gradual": False}),
+    "progressive": Method(_rows, by_rows=True),
     "diffq": Method(_diffq, {"group": 8, "noise": "uniform", "init_bits": None, "rounded": 0.5}),
     "crq": Method(_clustered, {"levels": 3, "strength": STRENGTH, "hard": HARD, "keep": ENDS}),
     "qat": Method(_uniform(learned=False), {"keep": ENDS}, sized=False),

@@ -114,8 +114,7 @@ class SoftNetwork:
         Raises TargetError where the size cannot be met when symbols settle."""
         if self.step % self.every == 0:
             self.look()
-            if self.target is None or self.bytes <= (1 + SLACK) * self.wanted():  # what stays cannot become smaller
-                self.hold(self.schedule.held(self.progress))
+            self.keep()
         if self.schedule.steps and not self.settled and self.step >= self.schedule.settled * self.schedule.steps:
             self.settle()
         self.step += 1
@@ -157,6 +156,11 @@ class SoftNetwork:
         self.template = self.template.stepped(step)
         for name, weight in self.soft.items():
             weight.rescale(step, *self.originals(name))
+
+    def keep(self) -> None:
+        """After a look: as many symbols stay as the schedule says, but while the file is too large: they cannot become smaller."""
+        if self.target is None or self.bytes <= (1 + SLACK) * self.wanted():
+            self.hold(self.schedule.held(self.progress))
 
     def hold(self, share: float) -> None:
         """Let a share of the symbols stay as they are, where it is more than before and they have not settled."""

@@ -33,6 +33,7 @@ from transquant.training.equivalent import fewer_columns
 from transquant.training.methods import method_of
 from transquant.training.network import Schedule, SoftNetwork, originals
 from transquant.training.price import Price
+from transquant.training.progressive import FINER, SETTLED, ProgressiveNetwork, coders_of
 from transquant.training.soft import SoftWeight
 from transquant.training.template import Template
 from transquant.weights import lagrangian
@@ -100,21 +101,34 @@ def prepare(
         raise InputError(f"begin is {begin}: method {method!r} has a depth and no size to begin above")
     if not isinstance(equivalent, bool):
         raise InputError(f"equivalent is {equivalent!r}, allowed are True and False")
+    if chosen.by_rows and transform not in ("auto", "identity"):
+        raise InputError(f"transform is {transform!r}, allowed are 'auto' and 'identity' with method {method!r}")
+    fresh = start is None
     if start is None:
         if equivalent and calibration is not None:
             calibration = list(calibration) if isinstance(calibration, Iterator) else calibration
             fewer_columns(model, plan, calibration, forward, output)
         # a file of a depth is only a start, and has other things to hold than weights: those of a tiny network may be most of it
         wanted: list[dict[str, Any]] = (
-            [{"size": int(begin * target.value)}] if chosen.sized else [{"bits": bits}, {"distortion": DISTORTION}]
+            [{"size": int(begin * target.value * (FINER if chosen.by_rows else 1))}]
+            if chosen.sized
+            else [{"bits": bits}, {"distortion": DISTORTION}]
         )
         options_of_start = {
-            "trellis": False, "transform": transform, "axis": axis, "overrides": overrides, "forward": forward, "output": output,
-            "effort": effort, "seed": seed, "progress": progress,
+            "trellis": chosen.by_rows, "transform": "identity" if chosen.by_rows else transform, "axis": axis,
+            "overrides": overrides, "forward": forward, "output": output, "effort": effort, "seed": seed, "progress": progress,
         }  # fmt: skip
         start = _first_that_fits(model, calibration, wanted, options_of_start)
     schedule = Schedule(steps, begin, *GRADUAL) if own.get("gradual") else Schedule(steps, begin)
-    return attach(model, plan, start, method, target.value if chosen.sized else None, schedule, seed, bits or 0.0, own)
+    if chosen.by_rows:
+        schedule = Schedule(steps, begin, settled=SETTLED)
+    coders = None
+    if chosen.by_rows and (fresh or calibration is not None):
+        coders = coders_of(model, calibration, Template.of(plan, start.data), start, forward, output, seed)
+    network = attach(model, plan, start, method, target.value if chosen.sized else None, schedule, seed, bits or 0.0, own)
+    if isinstance(network, ProgressiveNetwork) and coders is not None:
+        network.give(coders)
+    return network
 
 
 def attach(
@@ -127,9 +141,13 @@ def attach(
     template = template.smallest(start.state_dict())
     owners = dict(model.named_modules(remove_duplicate=False))
     specs = {s.name: s for s in plan.specs if isinstance(s, WeightSpec) and s.module is not None}
-    if any(template.weights[name].entry.coding != "u" for name in specs):
+    chosen, _ = method_of(method, options)
+    entries = [template.weights[name].entry for name in specs]
+    if any(e.coding == "f" or (e.coding == "t" and not chosen.by_rows) for e in entries):
         raise InputError("start was made with a trellis or with fixed-length codes: compress with trellis=False")
-    soft = method_of(method, options)[0].soften(template, specs, bits, options)
+    if chosen.by_rows and any(e.transform != "i" or e.groups == "s" for e in entries):
+        raise InputError(f"start has transforms or steps of spans, with which method {method!r} cannot go on: compress anew")
+    soft = chosen.soften(template, specs, bits, options)
     places: dict[str, list[tuple[nn.Module, str]]] = {}
     for name, weight in soft.items():
         spec = specs[name]
@@ -143,9 +161,12 @@ def attach(
         for module, attribute in places[name][1:]:  # one tensor before, one tensor after
             for key, parameter in parameters.items():
                 module.parametrizations[attribute].register_parameter(key, parameter)  # type: ignore[index, union-attr]
-    take_vectors(model, plan, start.state_dict())
+    if not chosen.by_rows:
+        take_vectors(model, plan, start.state_dict())
     price = Price(lagrangian(template.size(0)))
-    return SoftNetwork(model, template, soft, places, target, price, schedule, method, seed)
+    return (ProgressiveNetwork if chosen.by_rows else SoftNetwork)(
+        model, template, soft, places, target, price, schedule, method, seed
+    )
 
 
 def _first_that_fits(

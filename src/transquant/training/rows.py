@@ -1,0 +1,132 @@
+"""Weights whose rows are fixed some at a time, through error feedback and trellis; rows that are not yet fixed are float.
+
+    parameter, in steps ─┬─ rows that are free ─ × step ───────────────────────┬─ weight of the layer
+                         └─ rows to fix ─ RowCoder ─ symbols ─ decoded values ─┘
+
+Gradients of free rows are exact, where one through a quantizer is a guess. They pay for the bits they will take.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import exp
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from transquant.errors import InputError
+from transquant.records import CodedTensor, FloatArray, IntArray
+from transquant.row_coding import RowCoder
+from transquant.training.code_length import CodeLengths
+from transquant.training.soft import SoftWeight, integers
+from transquant.weights import dequantized
+
+STEEP = 2.0  # e-folds of a bit's price for each unit of a shift
+LATE = 0.1  # of the rows: those fixed last, which a small shift quantizes again; one of 1 quantizes all again
+BELOW = 0.45  # a shift below zero goes as far as that, and counts as 1 there
+
+
+class RowsWeight(SoftWeight):
+    """Parameters: the weight in steps. `log_price`: of a bit, in e-folds from its price at the template's c, for rows that are
+    fixed from now on. `coder`: None where nothing is known of the weight's inputs and outputs; a weight that calibration never
+    reached keeps the template's symbols."""
+
+    done: Tensor  # bool (O,), rows that are fixed
+    symbols: Tensor  # int32 (O, n), of those
+    values: Tensor  # (O, n), of those as the file decodes to them
+
+    def __init__(self, tensor: CodedTensor, step: tuple[int, int]) -> None:
+        super().__init__(tensor, step)
+        self.step, self.log_price = step, 0.0
+        self.coder: RowCoder | None = None
+        self.counts: FloatArray | None = None  # what the trellis knows of code lengths
+        self.register_buffer("done", torch.zeros(len(tensor.symbols), dtype=torch.bool))
+        self.register_buffer("symbols", torch.from_numpy(np.array(tensor.symbols)))
+        self.register_buffer("values", torch.from_numpy(dequantized(tensor, step)).float())
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The float weight, in steps."""
+        return (self.matrix(weight.detach().float()) / self.unit).reshape(self.shape).to(weight.dtype)
+
+    def forward(self, *originals: Tensor) -> Tensor:
+        """Fixed rows as the file has them, all others as they are."""
+        free = self.matrix(originals[0]) * self.unit
+        return torch.where(self.done[:, None], self.values.to(free), free).reshape(self.shape).to(originals[0].dtype)
+
+    def bits(self, lengths: CodeLengths, *originals: Tensor) -> Tensor:
+        """Of all rows; those that are fixed have no gradient."""
+        size = torch.where(self.done[:, None], self.symbols.abs().to(originals[0]), self.matrix(originals[0]).abs())
+        return lengths.bits(self.name, size)
+
+    def code(self, shift: float, *originals: Tensor) -> CodedTensor:
+        """Free rows are quantized as they are now. With a `shift` a bit costs `exp(STEEP · shift)` times as much, and the rows that
+        were fixed last are quantized again, from where they were; with a large one all are."""
+        shift = shift if shift > 0 else shift / BELOW
+        symbols, rows = self.symbols.cpu().numpy().copy(), _places(~self.done)
+        if shift:
+            order = self.order()
+            again = order[: int(self.done.sum())][-max(round(min(LATE + abs(shift), 1.0) * len(order)), 1) :]
+            rows = np.union1d(rows, again).astype(np.int32)
+        if len(rows) and not (self.coder is None and bool(self.done.all())):
+            symbols[rows] = self._coded(rows, STEEP * shift, originals[0])[0]
+        integers(originals[0])  # no number may come into a file
+        return self._whole(symbols)
+
+    def hold(self, share: float, *originals: Tensor) -> None:
+        """So many of the rows are fixed, at least, in an order that was drawn once."""
+        rows = np.sort(self.order()[int(self.done.sum()) : round(share * len(self.done))])
+        if len(rows):
+            self._fix(rows, originals[0])
+
+    def settle(self, shift: float, *originals: Tensor) -> None:
+        """All rows are fixed as `code(shift)` has them."""
+        tensor = self.code(shift, *originals)
+        self.symbols.copy_(torch.from_numpy(tensor.symbols))
+        self.values.copy_(torch.from_numpy(dequantized(tensor, self.step)))
+        self.done.fill_(True)
+
+    def order(self) -> IntArray:
+        """Rows in the order in which they are fixed."""
+        return torch.randperm(len(self.done), generator=self.generator("rows")).numpy().astype(np.int32)
+
+    def part(self) -> CodedTensor | None:
+        """The rows that are fixed, None where there are none."""
+        rows = _places(self.done)
+        return self._whole(self.symbols.cpu().numpy(), rows) if len(rows) else None
+
+    def expected(self) -> IntArray:
+        """Symbols int32 (O, n) of the fixed rows, of the others those of the template."""
+        return np.where(self.done.cpu().numpy()[:, None], self.symbols.cpu().numpy(), self.tensor.symbols)
+
+    def _fix(self, rows: IntArray, original: Tensor) -> None:
+        symbols, values, self.counts = self._coded(rows, 0.0, original)
+        where = torch.from_numpy(rows)
+        self.symbols[where] = torch.from_numpy(symbols).to(self.symbols.device)
+        self.values[where] = torch.from_numpy(values).to(self.values)
+        self.done[where] = True
+
+    def _coded(self, rows: IntArray, log_price: float, original: Tensor) -> tuple[IntArray, FloatArray, FloatArray | None]:
+        if self.coder is None:
+            raise InputError(
+                "method 'progressive' needs calibration samples: give them to prepare, beside the start if there is one"
+            )
+        targets = (self.matrix(original.detach()).float() * self.unit)[torch.from_numpy(rows)].double().cpu().numpy()
+        coded = self.coder.code(rows, targets, exp(self.log_price + log_price), self.counts)
+        return coded.symbols, coded.values, coded.counts
+
+    def _whole(self, symbols: IntArray, rows: IntArray | None = None) -> CodedTensor:
+        tensor = self.tensor
+        if rows is None:
+            return replace(tensor, symbols=symbols)
+        exponents = tensor.row_exponents
+        return replace(
+            tensor,
+            entry=replace(tensor.entry, shape=(len(rows), *tensor.entry.shape[1:])),
+            symbols=symbols[rows],
+            row_exponents=None if exponents is None else exponents[rows],
+        )
+
+
+def _places(which: Tensor) -> IntArray:
+    return np.flatnonzero(which.cpu().numpy()).astype(np.int32)
