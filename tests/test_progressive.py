@@ -113,7 +113,7 @@ def test_all_rows_at_once_are_the_weight(setting, name):
     draft = encoder.draft(encoder.first_guess(500), Choice())
     tensor, weight = draft.coded[name], encoder.source.values[name]
     transform = TRANSFORMS.get(name, LayerTransform())
-    coder = RowCoder(tensor, weight, encoder.layers[name], draft.c, draft.step, Choice(), transform)
+    coder = RowCoder.of(tensor, weight, encoder.layers[name], draft.c, draft.step, Choice(), transform)
     rows = coder.code(np.arange(len(weight)), weight, 1.0, None)
     np.testing.assert_array_equal(rows.symbols, tensor.symbols)
     np.testing.assert_array_equal(rows.values, dequantized(tensor, draft.step))

@@ -114,7 +114,7 @@ def _entropy_coded(
     """One step index and half-octave exponents; symbols for the entropy coder."""
     frame = frame_of(entry, weight, damped, transform, c if not method.feedback else None)
     factors = [_factors(frame, a, g, method.feedback) for a, g in damped]
-    dead: NDArray[np.bool_] | None = np.all(weight == 0, axis=0) if frame is None else None
+    dead = _unused(weight, moments) if frame is None else None
     if rows is None:
         plan = matrix_steps(
             np.stack([g.diagonal for _, g in factors]), np.stack([a.diagonal for a, _ in factors]), entry.group_columns,
@@ -185,9 +185,18 @@ def _of_rank(
     return CodedTensor(whole, symbols, of_rows, of_columns, sent), None, frame.synthesize(decoded)
 
 
+def _unused(weight: FloatArray, moments: Moments) -> NDArray[np.bool_]:
+    """Columns that are zero and that no input reaches, (n,)."""
+    unused: NDArray[np.bool_] = np.all(weight == 0, axis=0)
+    for a, _ in moments:
+        reached = a if a.ndim == 1 else np.einsum("...ii->...i", a).reshape(-1)
+        unused = unused & (reached <= 0)
+    return unused
+
+
 def _silent(plan: StepPlan, dead: NDArray[np.bool_]) -> StepPlan:
-    """In a trellis symbol 0 has a value: in column groups that are zero it becomes as small as can be, so that the cheapest path
-    is the best one there."""
+    """In a trellis symbol 0 has a value: in column groups that are not used it becomes as small as can be, and the cheapest path
+    is as good as any there."""
     if not dead.any() or dead.all():
         return plan
     exponents = np.zeros(len(dead), np.int32) if plan.column_exponents is None else plan.column_exponents

@@ -38,8 +38,8 @@ class StepPlan:
 def matrix_steps(
     output_diagonal: FloatArray, input_diagonal: FloatArray, taps: int, grouping: Grouping, dead: NDArray[np.bool_] | None = None
 ) -> StepPlan:  # fmt: skip
-    """Steps of a weight matrix from D_g, float64 (g, o), and D_a, float64 (g, n). `dead`, (n,): columns that are zero, which say
-    nothing about the others' steps."""
+    """Steps of a weight matrix from D_g, float64 (g, o), and D_a, float64 (g, n). `dead`, (n,): columns that are not
+    used, which say nothing about the others' steps."""
     log_in = np.log2(input_diagonal)
     if dead is not None and dead.any() and not dead.all():
         log_in = np.where(dead, log_in[:, ~dead].mean(1, keepdims=True), log_in)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from math import cos, isfinite, pi
+from math import isfinite
 from numbers import Real
 from typing import Any
 
@@ -122,7 +122,7 @@ class Loop:
 
     def _step(self, batch: Batch) -> None:
         recipe, network, step = self.recipe, self.network, self.network.step
-        share = self._share()
+        share = network.share
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * share
         self.optimizer.zero_grad()
@@ -156,10 +156,6 @@ class Loop:
         tally = self.tally
         tally.loss, tally.hits, tally.samples = tally.loss + loss * samples, tally.hits + hits, tally.samples + samples
 
-    def _share(self) -> float:
-        """Of rates, and of hints, what is left in this step: one cosine to zero."""
-        return 0.5 * (1 + cos(pi * self.network.step / self.steps))
-
     def _forward(self, batch: Batch) -> tuple[Tensor, float]:
         """Loss of a micro-batch, a mean over its samples, and how many it has right (−1 where labels are no classes)."""
         recipe, (inputs, labels) = self.recipe, batch
@@ -178,7 +174,7 @@ class Loop:
             heat = recipe.temperature
             loss = (1 - recipe.distill) * loss + recipe.distill * heat**2 * _divergence(taught.to(output) / heat, output / heat)
         if self.hints is not None:
-            loss = loss + self._share() * recipe.hint * self.hints.loss()
+            loss = loss + self.network.share * recipe.hint * self.hints.loss()
         classes = (
             isinstance(labels, Tensor) and output.ndim == 2 and labels.shape == output.shape[:1] and not labels.is_floating_point()
         )

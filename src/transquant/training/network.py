@@ -12,7 +12,7 @@ import logging
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import exp
+from math import cos, exp, pi
 from typing import Any
 
 import torch
@@ -102,6 +102,11 @@ class SoftNetwork:
     def progress(self) -> float:
         """Share of the training that is over, 0 where nobody has said how long it is."""
         return min(self.step / self.schedule.steps, 1.0) if self.schedule.steps else 0.0
+
+    @property
+    def share(self) -> float:
+        """Of the learning rates, what is left in this step: one cosine to zero."""
+        return 0.5 * (1 + cos(pi * self.progress))
 
     @property
     def every(self) -> int:

@@ -154,8 +154,10 @@ def attach(
         uses = [(spec.module or "", spec.attribute), *((use.module, use.attribute) for use in spec.tied)]
         # a module may have several names
         places[name] = list({(id(owners[path]), attribute): (owners[path], attribute) for path, attribute in uses}.values())
+        value = getattr(*places[name][0]).detach().clone()  # the first registration puts steps into it, where others find them
         for module, attribute in places[name]:
-            weight.to(getattr(module, attribute).device)
+            getattr(module, attribute).data = value.clone()
+            weight.to(value.device)
             parametrize.register_parametrization(module, attribute, weight)
         parameters = dict(originals(*places[name][0]))
         for module, attribute in places[name][1:]:  # one tensor before, one tensor after

@@ -11,6 +11,7 @@ network quantization (Zhou et al. 2017, arXiv 1702.03044); docs/method.md says w
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from math import cos, pi
 from typing import Any
 
 import torch
@@ -29,13 +30,14 @@ from transquant.row_coding import RowCoder
 from transquant.training.network import AIM, SoftNetwork
 from transquant.training.rate_plan import RatePlan, share_of_rows
 from transquant.training.rows import RowsWeight
+from transquant.training.soft import integers
 from transquant.training.template import Template
 from transquant.workers import workers
 
 GROUPS = 80  # of rows, about
 LEAST = 8  # steps between two of them
 SETTLED = 0.97  # share of the training at which the last rows are fixed
-FINER = 1.08  # times the target's size is the template's: free rows learn to take less
+FINER = 1.12  # times the target's size is the template's: free rows learn to take less
 
 
 class ProgressiveNetwork(SoftNetwork):
@@ -53,6 +55,12 @@ class ProgressiveNetwork(SoftNetwork):
                 weight.done.fill_(True)
 
     @property
+    def share(self) -> float:
+        """Rates stay until the last rows are fixed, since each group needs them as much; then they fall to zero."""
+        late = (self.progress - self.schedule.settled) / (1 - self.schedule.settled)
+        return 0.5 * (1 + cos(pi * min(max(late, 0.0), 1.0)))
+
+    @property
     def every(self) -> int:
         """Steps between two groups."""
         return max(self._last // (GROUPS - 1), LEAST) if self.schedule.steps else super().every
@@ -67,6 +75,8 @@ class ProgressiveNetwork(SoftNetwork):
         if self.settled:
             super().look()
             return
+        for name in self.soft:
+            integers(self.originals(name)[0])  # a training that has diverged ends here
         self.lengths.count({name: weight.expected() for name, weight in self.soft.items()})
         if self.rates is None:
             assert self.target is not None

@@ -17,7 +17,7 @@ TILT = 1.6  # e-folds of a bit's price, from the first group to the last
 TAPER = 0.6  # by how much the first group is larger than the mean, and the last one smaller
 SLOPE = -0.22  # bits a weight for each e-fold of the price, about
 MEMORY = 0.15  # share of the newest group in what is expected of those to come
-LIMIT = 1.5  # e-folds of correction
+LIMITS = 0.5, 1.5  # e-folds of correction, at first and at last: rows that have learned to take less come later
 
 
 def share_of_rows(progress: float) -> float:
@@ -60,7 +60,8 @@ class RatePlan:
         if rest.size:
             left = float(rest.sum())
             expected = self.offset + SLOPE * float((rest * tilts[k + 1 :]).sum()) / left
-            self.correction = float(np.clip(((self.aim - spent) / left - expected) / SLOPE, -LIMIT, LIMIT))
+            limit = LIMITS[0] + (LIMITS[1] - LIMITS[0]) * self.group / self.groups
+            self.correction = float(np.clip(((self.aim - spent) / left - expected) / SLOPE, -limit, limit))
 
     def expected(self) -> float:
         """Bits a weight that all groups will take."""

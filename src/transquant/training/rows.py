@@ -22,8 +22,8 @@ from transquant.training.code_length import CodeLengths
 from transquant.training.soft import SoftWeight, integers
 from transquant.weights import dequantized
 
-STEEP = 2.0  # e-folds of a bit's price for each unit of a shift
-LATE = 0.1  # of the rows: those fixed last, which a small shift quantizes again; one of 1 quantizes all again
+STEEP = 2.0  # e-folds of a bit's price for each unit of a shift above zero, and twice as many below
+LATE = 0.1  # of the rows: those fixed last, which a shift of up to a half quantizes again; one of 1 quantizes all again
 BELOW = 0.45  # a shift below zero goes as far as that, and counts as 1 there
 
 
@@ -61,15 +61,18 @@ class RowsWeight(SoftWeight):
 
     def code(self, shift: float, *originals: Tensor) -> CodedTensor:
         """Free rows are quantized as they are now. With a `shift` a bit costs `exp(STEEP · shift)` times as much, and the rows that
-        were fixed last are quantized again, from where they were; with a large one all are."""
-        shift = shift if shift > 0 else shift / BELOW
+        were fixed last are quantized again, from where they were; with a large one all are: others have made up for what they lost,
+        so that is the last resort."""
+        far = abs(shift) if shift > 0 else -shift / BELOW
+        log_price = STEEP * far if shift > 0 else -2 * STEEP * far
         symbols, rows = self.symbols.cpu().numpy().copy(), _places(~self.done)
         if shift:
             order = self.order()
-            again = order[: int(self.done.sum())][-max(round(min(LATE + abs(shift), 1.0) * len(order)), 1) :]
+            share = LATE + (1 - LATE) * min(max(2 * far - 1, 0.0), 1.0)
+            again = order[: int(self.done.sum())][-max(round(share * len(order)), 1) :]
             rows = np.union1d(rows, again).astype(np.int32)
         if len(rows) and not (self.coder is None and bool(self.done.all())):
-            symbols[rows] = self._coded(rows, STEEP * shift, originals[0])[0]
+            symbols[rows] = self._coded(rows, log_price, originals[0])[0]
         integers(originals[0])  # no number may come into a file
         return self._whole(symbols)
 
@@ -82,9 +85,9 @@ class RowsWeight(SoftWeight):
     def settle(self, shift: float, *originals: Tensor) -> None:
         """All rows are fixed as `code(shift)` has them."""
         tensor = self.code(shift, *originals)
-        self.symbols.copy_(torch.from_numpy(tensor.symbols))
-        self.values.copy_(torch.from_numpy(dequantized(tensor, self.step)))
-        self.done.fill_(True)
+        self.symbols = torch.from_numpy(tensor.symbols).to(self.symbols)
+        self.values = torch.from_numpy(dequantized(tensor, self.step)).to(self.values)
+        self.done = torch.ones_like(self.done)
 
     def order(self) -> IntArray:
         """Rows in the order in which they are fixed."""
@@ -101,17 +104,18 @@ class RowsWeight(SoftWeight):
 
     def _fix(self, rows: IntArray, original: Tensor) -> None:
         symbols, values, self.counts = self._coded(rows, 0.0, original)
-        where = torch.from_numpy(rows)
-        self.symbols[where] = torch.from_numpy(symbols).to(self.symbols.device)
-        self.values[where] = torch.from_numpy(values).to(self.values)
-        self.done[where] = True
+        where = torch.from_numpy(rows).long().to(self.done.device)
+        # new tensors: a forward pass may still need the old ones
+        self.symbols = self.symbols.index_copy(0, where, torch.from_numpy(symbols).to(self.symbols))
+        self.values = self.values.index_copy(0, where, torch.from_numpy(values).to(self.values))
+        self.done = self.done.index_fill(0, where, True)
 
     def _coded(self, rows: IntArray, log_price: float, original: Tensor) -> tuple[IntArray, FloatArray, FloatArray | None]:
         if self.coder is None:
             raise InputError(
                 "method 'progressive' needs calibration samples: give them to prepare, beside the start if there is one"
             )
-        targets = (self.matrix(original.detach()).float() * self.unit)[torch.from_numpy(rows)].double().cpu().numpy()
+        targets = (self.matrix(original.detach()).float() * self.unit)[torch.from_numpy(rows).long()].double().cpu().numpy()
         coded = self.coder.code(rows, targets, exp(self.log_price + log_price), self.counts)
         return coded.symbols, coded.values, coded.counts
 
