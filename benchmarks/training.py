@@ -48,8 +48,19 @@ RUNS: dict[str, dict[str, Any]] = {
     "lsq-2": {"method": "lsq", "bits": 2},
     "qat-2": {"method": "qat", "bits": 2},
     "lstm-1.5": {"method": "transform", "bits": 1.5, "epochs": 20, "distill": 1.0, "autocast": "bfloat16", "gradual": True},
+    "lstm-progressive-1.5": {
+        "method": "progressive", "bits": 1.5, "epochs": 20, "distill": 1.0, "autocast": "bfloat16", "rows": (32, 400), "rate": 0.004,
+        "vector_rate": 0.0005, "states": 64,
+    },
+}  # fmt: skip
+LABELS = {
+    "transform": "transform quantization",
+    "progressive": "progressive",
+    "diffq": "DiffQ",
+    "crq": "CRQ (reconstructed)",
+    "qat": "QAT",
+    "lsq": "LSQ",
 }
-LABELS = {"transform": "transform quantization", "diffq": "DiffQ", "crq": "CRQ (reconstructed)", "qat": "QAT", "lsq": "LSQ"}
 
 
 def crop_and_flip(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -99,8 +110,10 @@ def next_character(outputs: Tensor, wanted: Tensor) -> Tensor:
 
 def train_text(name: str, settings: dict[str, Any], epochs: int) -> bytes:
     """The file of the language model."""
+    settings = dict(settings)
+    windows = Windows(*settings.pop("rows", (BATCH, 200)))
     result = tq.training.fit(
-        network("charrnn"), Windows(), epochs=epochs, loss=next_character, teacher="self", output=after_warm_up,
+        network("charrnn"), windows, epochs=epochs, loss=next_character, teacher="self", output=after_warm_up,
         work=CACHE / name, progress=progress(name), **{**COMMON, **settings},
     )  # fmt: skip
     return result.compressed.data
@@ -218,7 +231,7 @@ def picture(found: list[Row]) -> None:
     curve = sorted(untrained().items())
     axes.plot([b for b, _ in curve], [s for _, s in curve], "o-", color="0.6", markersize=3, label="not trained (effort 9)")
     images = [r for r in found if r["name"] != "float" and not r["name"].startswith("lstm")]
-    for method, marker in zip(LABELS, "osD^v", strict=True):
+    for method, marker in zip(LABELS, "oPsD^v", strict=True):
         own = sorted((r["bits_per_parameter"], r["score"]) for r in images if r["method"] == method)
         if own:
             axes.plot(*zip(*own, strict=True), marker + ("-" if len(own) > 1 else ""), label=LABELS[method])

@@ -53,7 +53,7 @@ def test_groups_of_other_rates_than_expected_come_out_at_the_aim(groups, off):
     assert plan.spent == plan.expected() == spent
     if groups >= 14:
         assert spent == pytest.approx(1.5, rel=0.01)
-        assert prices[0] > prices[-1]  # the last rows are the finest
+        assert off or prices[0] > prices[-1]  # the last rows are the finest
 
 
 def test_until_rows_are_fixed_the_network_is_the_float_one(digits, start):

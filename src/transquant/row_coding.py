@@ -45,10 +45,7 @@ class RowCoder:
         trellised = tensor.entry.coding == "t"
         self.rounding = Rounding(offsets=tensor.entry.recon_offsets) if trellised else rounding
         self._input_moments = [a if frame is None else frame.column_moment(a) for a, _ in moments]
-        sizes = steps(step, tensor_index(tensor))
-        if frame is not None:
-            sizes = sizes / frame.layout.per_band(frame.scales)
-        self.sizes = np.broadcast_to(sizes, tensor.symbols.shape)
+        self.sizes = self._sizes(tensor)
 
     @classmethod
     def of(
@@ -71,10 +68,20 @@ class RowCoder:
             return np.array(self.sizes)
         return np.broadcast_to(np.sqrt((self.sizes**2).mean(1, keepdims=True)), self.sizes.shape).copy()
 
-    def code(self, rows: IntArray, target: FloatArray, tilt: float, counts: FloatArray | None) -> CodedRows:
+    def _sizes(self, tensor: CodedTensor) -> FloatArray:
+        sizes = steps(self.step, tensor_index(tensor))
+        if self.frame is not None:
+            sizes = sizes / self.frame.layout.per_band(self.frame.scales)
+        return np.broadcast_to(sizes, tensor.symbols.shape)
+
+    def code(
+        self, rows: IntArray, target: FloatArray, tilt: float, counts: FloatArray | None, exponents: IntArray | None = None
+    ) -> CodedRows:  # fmt: skip
         """Quantize some rows, int (k,) in ascending order, towards a target float64 (k, n). `tilt`: what a bit costs, relative to
-        its price at c; `counts` of rows before these."""
-        entry, symbols = self.tensor.entry, np.empty(target.shape, np.int32)
+        its price at c; `counts` of rows before these; `exponents`: other row exponents than the tensor's, int32 (O,)."""
+        entry, symbols, all_sizes = self.tensor.entry, np.empty(target.shape, np.int32), self.sizes
+        if exponents is not None:
+            all_sizes = self._sizes(replace(self.tensor, row_exponents=exponents))
         coeffs = target
         if self.frame is not None:
             coeffs = replace(self.frame, layout=replace(self.frame.layout, rows=len(rows))).analyze(target)
@@ -88,10 +95,10 @@ class RowCoder:
                 trellis = Trellis(entry.state_bits, len(mine), entry.columns // entry.fold, magnitude_laws(SIZES), counts)
             left = factor(moment[own] if moment.ndim == 1 else np.ascontiguousarray(moment[np.ix_(own, own)]))
             factors = [(self._input_factors[group], left)]
-            sizes = np.ascontiguousarray(self.sizes[rows[mine]])
+            sizes = np.ascontiguousarray(all_sizes[rows[mine]])
             symbols[mine], _ = quantize_groups(coeffs[mine], sizes, factors, self.rounding, None, trellis, self.bit * tilt)
             counts = None if trellis is None else trellis.counts
-        exponents = self.tensor.row_exponents
+        exponents = self.tensor.row_exponents if exponents is None else exponents
         # columns of the basis that the whole did without are not sent: where a trellis is, symbol 0 has a value, so none come back
         part = replace(
             self.tensor,

@@ -16,6 +16,7 @@ from transquant.training.template import Template
 from transquant.training.transform import TransformWeight
 from transquant.training.uniform import KEPT_DEPTH, UniformWeight
 
+STATES = 4, 8, 16, 32, 64  # of a trellis
 ENDS = "first", "last"  # weights that networks are most sensitive to, and that are small
 
 Soften = Callable[[Template, Mapping[str, WeightSpec], float, Mapping[str, Any]], dict[str, SoftWeight]]
@@ -43,7 +44,11 @@ def _transform(
 
 
 def _rows(template: Template, specs: Mapping[str, WeightSpec], bits: float, options: Mapping[str, Any]) -> dict[str, SoftWeight]:
-    return {name: RowsWeight(template.weights[name], template.container.step) for name in specs}
+    states = options["states"]
+    if isinstance(states, bool) or states not in STATES:
+        raise InputError(f"states is {states!r}, allowed are {', '.join(map(str, STATES))}")
+    bits = STATES.index(states) + 2
+    return {name: RowsWeight(template.weights[name], template.container.step, bits) for name in specs}
 
 
 def _diffq(template: Template, specs: Mapping[str, WeightSpec], bits: float, options: Mapping[str, Any]) -> dict[str, SoftWeight]:
@@ -97,7 +102,7 @@ def _kept(specs: Mapping[str, WeightSpec], keep: Any) -> set[str]:
 
 METHODS: dict[str, Method] = {
     "transform": Method(_transform, {"gradual": False}),
-    "progressive": Method(_rows, by_rows=True),
+    "progressive": Method(_rows, {"states": 16}, by_rows=True),
     "diffq": Method(_diffq, {"group": 8, "noise": "uniform", "init_bits": None, "rounded": 0.5}),
     "crq": Method(_clustered, {"levels": 3, "strength": STRENGTH, "hard": HARD, "keep": ENDS}),
     "qat": Method(_uniform(learned=False), {"keep": ENDS}, sized=False),

@@ -174,9 +174,14 @@ class SoftNetwork:
                 weight.hold(share, *self.originals(name))
             self.held = share
 
+    @property
+    def aims(self) -> tuple[float, float]:
+        """Of the asked size, what is wanted when symbols settle, and by how much that may be missed."""
+        return ((1 + NEAR) / 2, SLACK - (1 - NEAR)) if self.schedule.gradual else (AIM, SLACK / 2)
+
     def settle(self) -> None:
         """Symbols stay as they are at the asked size."""
-        aim, slack = ((1 + NEAR) / 2, SLACK - (1 - NEAR)) if self.schedule.gradual else (AIM, SLACK / 2)
+        aim, slack = self.aims
         shift = 0.0 if self.target is None else self.shift_for(aim * self.target, slack)
         for name, weight in self.soft.items():
             weight.settle(shift, *self.originals(name))

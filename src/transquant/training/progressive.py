@@ -27,7 +27,7 @@ from transquant.modules.run import Forward, Output
 from transquant.quantizers.feedback import Rounding
 from transquant.records import CodedTensor
 from transquant.row_coding import RowCoder
-from transquant.training.network import AIM, SoftNetwork
+from transquant.training.network import SoftNetwork
 from transquant.training.rate_plan import RatePlan, share_of_rows
 from transquant.training.rows import RowsWeight
 from transquant.training.soft import integers
@@ -37,6 +37,7 @@ from transquant.workers import workers
 GROUPS = 80  # of rows, about
 LEAST = 8  # steps between two of them
 SETTLED = 0.97  # share of the training at which the last rows are fixed
+AIM = 0.9975  # of the asked size, while vectors still learn
 FINER = 1.12  # times the target's size is the template's: free rows learn to take less
 
 
@@ -50,9 +51,12 @@ class ProgressiveNetwork(SoftNetwork):
     def give(self, coders: Mapping[str, RowCoder]) -> None:
         """How rows are quantized, by weight; those without keep the template's symbols."""
         for name, weight in self.soft.items():
-            weight.coder = coders.get(name)
-            if weight.coder is None:
-                weight.done.fill_(True)
+            weight.give(coders.get(name))
+
+    @property
+    def aims(self) -> tuple[float, float]:
+        """Only vectors change after that."""
+        return AIM, (1 - AIM)
 
     @property
     def share(self) -> float:
@@ -117,10 +121,12 @@ class ProgressiveNetwork(SoftNetwork):
         for name, weight in self.soft.items():
             own = state["weights"][name]
             weight.counts = None if own["counts"] is None else own["counts"].numpy()
-            if own["bit"] is not None:
+            if own["bit"] is None:
+                weight.give(None)
+            else:
                 moments = [(a.numpy(), g.numpy()) for a, g in own["moments"]]
                 rounding = Rounding(own["dead_zone"], weight.tensor.entry.recon_offsets)
-                weight.coder = RowCoder(weight.tensor, moments, None, own["bit"], self.template.container.step, rounding)
+                weight.give(RowCoder(weight.tensor, moments, None, own["bit"], self.template.container.step, rounding))
         if state["rates"] is not None:
             self.rates = RatePlan(**state["rates"])
             self._priced(self.rates)

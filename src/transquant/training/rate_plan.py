@@ -13,11 +13,11 @@ import numpy as np
 
 from transquant.records import FloatArray
 
-TILT = 1.6  # e-folds of a bit's price, from the first group to the last
+TILT = 1.2  # e-folds of a bit's price, from the first group to the last
 TAPER = 0.6  # by how much the first group is larger than the mean, and the last one smaller
-SLOPE = -0.22  # bits a weight for each e-fold of the price, about
+SLOPE = -0.45  # bits a weight for each e-fold of the price, about
 MEMORY = 0.15  # share of the newest group in what is expected of those to come
-LIMITS = 0.5, 1.5  # e-folds of correction, at first and at last: rows that have learned to take less come later
+LIMITS = 0.2, 1.2  # e-folds of correction, at first and at last: rows that have learned to take less come later
 
 
 def share_of_rows(progress: float) -> float:
