@@ -7,8 +7,8 @@
 Every run begins with the shared float weights and takes ten epochs of the training images (crops and flips), twenty where RUNS says
 so, one seed; the whole file is counted, and the score is that of the decoded file on all 10,000 test images, which nothing else
 ever sees. "float": the float network trained in the same way. The language model learns the first 90 % of the text, twenty times
-over, and is scored on the last 10 %. Checkpoints lie in benchmarks/cache; results, one JSON and one .tq file a run, in
-benchmarks/training. Writes the table and the picture of docs/training.md.
+over, and is scored on the last 10 %; `rows` are those of a batch, and their characters. Checkpoints lie in benchmarks/cache;
+results, one JSON and one .tq file a run, in benchmarks/training. Writes the table and the picture of docs/training.md.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "qat-2": {"method": "qat", "bits": 2},
     "lstm-1.5": {"method": "transform", "bits": 1.5, "epochs": 20, "distill": 1.0, "autocast": "bfloat16", "gradual": True},
     "lstm-progressive-1.5": {
-        "method": "progressive", "bits": 1.5, "epochs": 20, "distill": 1.0, "autocast": "bfloat16", "rows": (32, 400), "rate": 0.004,
-        "vector_rate": 0.0005, "states": 64,
+        "method": "progressive", "bits": 1.5, "epochs": 20, "distill": 1.0, "autocast": "bfloat16", "rows": (32, 400),
+        "rate": 0.004, "vector_rate": 0.0005, "states": 64,
     },
 }  # fmt: skip
 LABELS = {

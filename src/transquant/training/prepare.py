@@ -75,9 +75,9 @@ def prepare(
     loss at every step. `steps`: how many steps the training will take, for its schedule; 0: not known, everything stays as it
     begins. `equivalent`: without a `start`, weights may become others with which the network computes the same and that take
     fewer bits: those that read an embedding of fewer tokens than columns, and the embedding, whose rows are then a linear map of
-    what they were. `method`: "transform", "diffq", "crq": `bits` (8 · bytes of the file / parameters) or `size` (bytes, or "64KB")
-    is what the file will take; "qat", "lsq": `bits` is the depth of a weight, 1 to 8. `begin`, 1 to 4: training starts at so many
-    times that size and is at it half-way. `options` of the methods: docs/training.md.
+    what they were. `method`: "transform", "progressive", "diffq", "crq": `bits` (8 · bytes of the file / parameters) or `size`
+    (bytes, or "64KB") is what the file will take; "qat", "lsq": `bits` is the depth of a weight, 1 to 8. `begin`, 1 to 4: training
+    starts at so many times that size and is at it half-way. `options` of the methods: docs/training.md.
 
     Raises InputError, TargetError."""
     chosen, own = method_of(method, options)

@@ -38,8 +38,8 @@ class RowsWeight(SoftWeight):
     done: Tensor  # bool (O,), rows that are fixed
     exponents: Tensor  # int32 (O,), half octaves of rows' steps
     origin: Tensor  # (O, n), the float network's weight in steps
-    symbols: Tensor  # int32 (O, n), of those
-    values: Tensor  # (O, n), of those as the file decodes to them
+    symbols: Tensor  # int32 (O, n), of fixed rows
+    values: Tensor  # (O, n), of fixed rows as the file decodes to them
 
     def __init__(self, tensor: CodedTensor, step: tuple[int, int], state_bits: int = 4) -> None:
         if tensor.row_exponents is None:
