@@ -7,7 +7,8 @@
 Every run begins with the shared float weights and takes ten epochs of the training images (crops and flips), twenty where RUNS says
 so, one seed; the whole file is counted, and the score is that of the decoded file on all 10,000 test images, which nothing else
 ever sees. "float": the float network trained in the same way. The language model learns the first 90 % of the text, twenty times
-over, and is scored on the last 10 %; `rows` are those of a batch, and their characters. Checkpoints lie in benchmarks/cache;
+over, and is scored on the last 10 %; `rows` are those of a batch, their characters, and the
+share of them that the float network has written itself. Checkpoints lie in benchmarks/cache;
 results, one JSON and one .tq file a run, in benchmarks/training. Writes the table and the picture of docs/training.md.
 """
 
@@ -49,7 +50,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "qat-2": {"method": "qat", "bits": 2},
     "lstm-1.5": {"method": "transform", "bits": 1.5, "epochs": 20, "distill": 1.0, "autocast": "bfloat16", "gradual": True},
     "lstm-progressive-1.5": {
-        "method": "progressive", "bits": 1.5, "epochs": 20, "distill": 1.0, "autocast": "bfloat16", "rows": (32, 400),
+        "method": "progressive", "bits": 1.5, "epochs": 20, "distill": 1.0, "autocast": "bfloat16", "rows": (32, 400, 0.25),
         "rate": 0.004, "vector_rate": 0.0005, "states": 64,
     },
 }  # fmt: skip
@@ -87,20 +88,41 @@ def train_images(name: str, settings: dict[str, Any], epochs: int) -> bytes:
 
 
 class Windows:
-    """Rows of text at random places of its first 90 %: an epoch shows as many characters as there are."""
+    """Rows of text at random places of its first 90 %: an epoch shows as many characters as there are. `written`: the share of the
+    rows that the float network has written."""
 
-    def __init__(self, batch: int = 128, length: int = 200) -> None:
+    def __init__(self, batch: int = 128, length: int = 200, written: float = 0.0) -> None:
         self.text = characters(0.0, last=0.9).reshape(-1)
-        self.batch, self.length = batch, length
+        self.batch, self.length, self.own = batch, length, round(written * batch)
+        self.written = written_text(self.text) if self.own else self.text[None]
 
     def __len__(self) -> int:
         return len(self.text) // (self.batch * self.length)
 
     def __iter__(self):
         for _ in range(len(self)):
-            places = torch.randint(0, len(self.text) - self.length - 1, (self.batch,))
-            rows = torch.stack([self.text[p : p + self.length + 1] for p in places.tolist()])
+            rows = self._drawn(self.text[None], self.batch - self.own)
+            if self.own:
+                rows = torch.cat([rows, self._drawn(self.written, self.own)])
             yield rows[:, :-1], rows[:, 1:]
+
+    def _drawn(self, texts: Tensor, count: int) -> Tensor:
+        which = torch.randint(0, len(texts), (count,))
+        places = torch.randint(0, texts.shape[1] - self.length - 1, (count,))
+        return torch.stack([texts[i, p : p + self.length + 1] for i, p in zip(which.tolist(), places.tolist(), strict=True)])
+
+
+@torch.no_grad()
+def written_text(text: Tensor, rows: int = 250, length: int = 4000, begin: int = 50) -> Tensor:
+    """Rows that the float network writes, a character after the other as it expects them, each from a place of the text on."""
+    model, generator = network("charrnn"), torch.Generator().manual_seed(0)
+    places = torch.randint(0, len(text) - begin, (rows,), generator=generator)
+    seen, state, found = torch.stack([text[p : p + begin] for p in places.tolist()]), None, []
+    for _ in range(length):
+        outputs, state = model.lstm(model.embedding(seen), state)
+        seen = torch.multinomial(model.decoder(outputs[:, -1]).softmax(-1), 1, generator=generator)
+        found.append(seen)
+    return torch.cat(found, 1)
 
 
 def next_character(outputs: Tensor, wanted: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transquant.allocation.depths import DepthTable
-from transquant.allocation.steps import StepPlan, matrix_steps, row_plan
+from transquant.allocation.steps import StepPlan, matrix_steps, row_plan, silenced
 from transquant.bitstream import tensor_values
 from transquant.choices import IDENTITY, Choice, LayerTransform, Method
 from transquant.dequantizer import dequantize
@@ -127,7 +127,7 @@ def _entropy_coded(
     if method.state_bits:
         plan = replace(plan, qp=min(plan.qp + PATH_QUARTERS, MAX_QP))
         if dead is not None:
-            plan = _silent(plan, np.all(dead.reshape(-1, entry.group_columns), axis=1))
+            plan = silenced(plan, np.all(dead.reshape(-1, entry.group_columns), axis=1))
     coeffs = weight if frame is None else frame.analyze(weight)
     plan = plan if frame is None else _scaled(plan, frame)
     sizes = _step_sizes(entry, plan, step, frame)
@@ -192,15 +192,6 @@ def _unused(weight: FloatArray, moments: Moments) -> NDArray[np.bool_]:
         reached = a if a.ndim == 1 else np.einsum("...ii->...i", a).reshape(-1)
         unused = unused & (reached <= 0)
     return unused
-
-
-def _silent(plan: StepPlan, dead: NDArray[np.bool_]) -> StepPlan:
-    """In a trellis symbol 0 has a value: in column groups that are not used it becomes as small as can be, and the cheapest path
-    is as good as any there."""
-    if not dead.any() or dead.all():
-        return plan
-    exponents = np.zeros(len(dead), np.int32) if plan.column_exponents is None else plan.column_exponents
-    return replace(plan, column_exponents=np.where(dead, -MAX_EXPONENT, exponents).astype(np.int32))
 
 
 def _path_offsets(scaled: FloatArray, shrink: float) -> tuple[int, int]:

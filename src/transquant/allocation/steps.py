@@ -8,7 +8,7 @@ optionally half-octave exponents a row and a column group. `spread` moves the ro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -51,6 +51,15 @@ def matrix_steps(
         _exponents(rows - mean, grouping.spread) if "r" in grouping.groups else None,
         _exponents(columns, grouping.spread) if "c" in grouping.groups else None,
     )
+
+
+def silenced(plan: StepPlan, dead: NDArray[np.bool_]) -> StepPlan:
+    """In a trellis symbol 0 has a value: in column groups that are not used it becomes as small as can be, and the cheapest path
+    is as good as any there."""
+    if not dead.any() or dead.all():
+        return plan
+    exponents = np.zeros(len(dead), np.int32) if plan.column_exponents is None else plan.column_exponents
+    return replace(plan, column_exponents=np.where(dead, -MAX_EXPONENT, exponents).astype(np.int32))
 
 
 def row_plan(log_steps: FloatArray) -> StepPlan:

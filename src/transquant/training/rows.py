@@ -24,7 +24,7 @@ from transquant.training.soft import SoftWeight, integers
 from transquant.weights import dequantized
 
 STEEP = 2.0  # e-folds of a bit's price for each unit of a shift above zero, and twice as many below
-DAMPING = 0.1  # of sensitivity, relative to its mean
+DAMPING = 0.2  # of sensitivity, relative to its mean
 LATE = 0.1  # of the rows: those fixed last, which a shift of up to a half quantizes again; one of 1 quantizes all again
 GOLDEN = 0.6180339887498949  # multiples of it fill the unit interval evenly
 BELOW = 0.45  # a shift below zero goes as far as that, and counts as 1 there
