@@ -3,10 +3,9 @@
     few tokens ─ embedding E ─ x ─ W of the layers that read it     x has no more directions than there are tokens
     few tokens ─ E·Q·D ────────── W·Q·D⁻¹                           so all other columns of both are zero
 
-Q are the principal axes of what the embedding puts out, D makes columns of E and of W about equally sensitive. A closed loop that
-knows the inputs' covariance needs no such help: it leaves to chance what no input sees. But gradients through rounding do not know
-that, and pay for all columns: docs/training.md has figures. Principal axes are the Karhunen–Loève transform of transform
-quantization (Young et al., arXiv 2009.01174); here it costs nothing, since the layer before takes it up.
+Q are the principal axes of what the embedding puts out, D makes columns of E and of W about equally sensitive. Without that both a
+closed loop and gradients through rounding pay for all columns: docs/training.md has figures. Principal axes are the Karhunen–Loève
+transform of transform quantization (Young et al., arXiv 2009.01174); here it costs nothing, since the layer before takes it up.
 
 And of two biases that are added one is enough.
 """
