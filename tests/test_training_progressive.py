@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -148,9 +151,40 @@ def test_resumed_it_ends_with_the_same_bits(digits, tmp_path, monkeypatch, step)
     assert fit(work=tmp_path) == fit()
 
 
+TWO = """
+import os, sys, torch
+from transquant import training
+from transquant.demo.network import load_digits_split, pretrained
+torch.set_num_threads(1)
+if "RANK" in os.environ:
+    torch.distributed.init_process_group("gloo")
+(x, y), _ = load_digits_split()
+result = training.fit(
+    pretrained(), (x[:800], y[:800]), method="progressive", bits=1.3, epochs=3, batch=100, teacher="self", effort=1, micro_batches=2,
+    calibration_samples=128,
+)
+result.compressed.save(sys.argv[1] + os.environ.get("RANK", "") + ".tq")
+"""
+
+
+def test_two_processes_train_as_one_does(tmp_path):
+    (tmp_path / "script.py").write_text(TWO)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "script.py", "two"]
+    subprocess.run([sys.executable, "script.py", "one"], cwd=tmp_path, check=True, capture_output=True)
+    subprocess.run(launch, cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "two0.tq").read_bytes() == (tmp_path / "two1.tq").read_bytes()
+    one, two = (tq.load(tmp_path / name).state_dict() for name in ("one.tq", "two0.tq"))
+    weight = "features.0.weight"
+    assert float((one[weight] - two[weight]).square().mean() / one[weight].square().mean()) < 0.05
+
+
 def test_what_cannot_be_is_said(digits, start):
     with pytest.raises(InputError, match="allowed are 'auto' and 'identity' with method 'progressive'"):
         training.prepare(pretrained(), method="progressive", bits=1.2, transform="klt")
+    with pytest.raises(InputError, match="begins with the float network"):
+        training.prepare(pretrained(), method="progressive", bits=1.2, begin=1.5)
+    with pytest.raises(InputError, match="states is 5, allowed are 4, 8, 16, 32, 64"):
+        training.prepare(pretrained(), method="progressive", bits=1.2, start=start, states=5)
     with pytest.raises(InputError, match="method 'progressive' has no option 'gradual'"):
         training.prepare(pretrained(), method="progressive", bits=1.2, gradual=True)
     other = tq.compress(pretrained(), [digits[0][0][:64]], bits=3, transform="klt", axis="input", effort=1, trellis=False)

@@ -101,6 +101,8 @@ def prepare(
         raise InputError(f"begin is {begin}: method {method!r} has a depth and no size to begin above")
     if not isinstance(equivalent, bool):
         raise InputError(f"equivalent is {equivalent!r}, allowed are True and False")
+    if chosen.by_rows and begin != 1:
+        raise InputError(f"begin is {begin}: method {method!r} begins with the float network, and goes down from there")
     if chosen.by_rows and transform not in ("auto", "identity"):
         raise InputError(f"transform is {transform!r}, allowed are 'auto' and 'identity' with method {method!r}")
     fresh = start is None
