@@ -120,6 +120,17 @@ def test_it_ends_at_the_asked_size(digits, start, bits):
     assert accuracy > 0.9
 
 
+def test_calibration_may_be_gone_through_once(digits):
+    batches = [digits[0][0][k : k + 64] for k in (0, 64)]
+    networks = [
+        training.prepare(pretrained(), data, method="progressive", bits=1.2, effort=1, steps=50)
+        for data in (batches, iter(batches), (b for b in batches))
+    ]
+    found = [{name: tensor.symbols for name, tensor in network.coded(0.5).items()} for network in networks]
+    for name, symbols in found[0].items():
+        assert all(np.array_equal(symbols, other[name]) for other in found[1:])
+
+
 def test_without_a_number_of_steps_rows_are_fixed_at_the_end(digits, start):
     model, network = prepared(digits, start, steps=0)
     train(model, network, digits[0], 30)

@@ -105,10 +105,10 @@ def prepare(
         raise InputError(f"begin is {begin}: method {method!r} begins with the float network, and goes down from there")
     if chosen.by_rows and transform not in ("auto", "identity"):
         raise InputError(f"transform is {transform!r}, allowed are 'auto' and 'identity' with method {method!r}")
+    calibration = list(calibration) if isinstance(calibration, Iterator) else calibration
     fresh = start is None
     if start is None:
         if equivalent and calibration is not None:
-            calibration = list(calibration) if isinstance(calibration, Iterator) else calibration
             fewer_columns(model, plan, calibration, forward, output)
         # a file of a depth is only a start, and has other things to hold than weights: those of a tiny network may be most of it
         wanted: list[dict[str, Any]] = (
@@ -177,7 +177,6 @@ def _first_that_fits(
     model: nn.Module, calibration: Iterable[Any] | None, targets: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
 ) -> codec.CompressedModel:
     """The file of the first target that can be reached. Raises TargetError where none can."""
-    calibration = list(calibration) if isinstance(calibration, Iterator) else calibration
     for target in targets[:-1]:
         try:
             return codec.compress(model, calibration, **target, **options)
